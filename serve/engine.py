@@ -1,0 +1,303 @@
+"""The engine behind the HTTP routes: an encoder, an index, and one batcher for each. Knows nothing of HTTP or Ray.
+
+    texts -> tokeniser threads -> token ids -> batcher (token budget, over all requests) -> vectors
+    vectors -> batcher (same k and filter) -> index -> hits
+
+Errors are `RequestError`s, so that each carries its status; the routes only pass them on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serve.batching import Batcher, Closed, Overloaded
+from serve.guard import RequestError
+from serve.schemas import Limits
+from tdro_ray.errors import ConfigError, DataError, TdroError, nearest
+from tdro_ray.index import versions
+from tdro_ray.index.base import Hit, RetrievalIndex, unit_rows
+from tdro_ray.index.filters import FilterError, is_unicode
+
+SEARCH_BATCH = 64  # vectors per FAISS call
+TOKENIZER_THREADS = 2
+FRESH_S = 10.0  # a forward this recent shows that the model works
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Answers embedding and search requests from one event loop. `index` None serves embeddings only."""
+
+    def __init__(
+        self,
+        encoder: Any,
+        index: RetrievalIndex | None = None,
+        *,
+        name: str = "tdro",
+        model_hash: str = "",
+        limits: Limits | None = None,
+        index_folder: Path | None = None,
+    ) -> None:
+        self.encoder, self.index, self.name, self.model_hash = encoder, index, name, model_hash
+        self.limits, self.index_folder = limits or Limits(), index_folder
+        self.started = time.time()
+        self.closing = False
+        self._last_forward = 0.0
+        self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenize")
+        self.embedder = Batcher(self._forward, self.limits.batch_tokens, self.limits.max_waiting, "embed")
+        self.searcher = Batcher(self._find, SEARCH_BATCH, self.limits.max_waiting, "search")
+        if index is not None:
+            self._check_fits(index)
+
+    @classmethod
+    def open(
+        cls,
+        model_folder: str | Path,
+        index_folder: str | Path | None = None,
+        device: str = "cpu",
+        limits: Limits | None = None,
+    ) -> Engine:
+        """Load a model folder and the current index version. Raises CheckpointError, DataError, or ConfigError for a
+        model that is not the index's."""
+        from tdro_ray.model.encoder import Encoder
+
+        model_folder = Path(model_folder)
+        index = RetrievalIndex.open(index_folder) if index_folder else None
+        return cls(
+            Encoder.load(model_folder, device),
+            index,
+            name=index.manifest["model"]["name"] if index else model_folder.name,
+            model_hash=versions.model_hash(model_folder),
+            limits=limits,
+            index_folder=Path(index_folder) if index_folder else None,
+        )
+
+    # ------------------------------------------------------------ requests
+
+    async def embed(
+        self, texts: Sequence[str], kind: str, task: str = "", dimensions: int | None = None
+    ) -> tuple[np.ndarray, int]:
+        """Return unit vectors, float32 (texts, dimensions), and the number of tokens read."""
+        self._check_texts(texts)
+        self._check_task(task)
+        if dimensions is not None and dimensions > self.encoder.dim:
+            raise RequestError(
+                422, "invalid_request", f"dimensions must be at most {self.encoder.dim}, got {_number(dimensions)}."
+            )
+        self._check_open()
+        loop = asyncio.get_running_loop()
+        sequences = await loop.run_in_executor(self._tokenizers, self.encoder.tokenizer.encode, texts, kind, task)
+        costs = [len(sequence) for sequence in sequences]
+        if not all(costs):
+            raise RequestError(422, "invalid_request", f"texts[{costs.index(0)}] holds no token that the model knows.")
+        vectors = np.stack(await self._wait(self.embedder, None, sequences, costs))
+        if dimensions is not None and dimensions < vectors.shape[1]:
+            vectors = vectors[:, :dimensions]
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors, sum(costs)
+
+    async def search(
+        self,
+        queries: Sequence[str] | None = None,
+        vectors: Sequence[Sequence[float]] | None = None,
+        k: int = 10,
+        filter: dict[str, Any] | None = None,
+        task: str = "",
+    ) -> tuple[list[list[Hit]], str]:
+        """Return the hits of every query (or vector), best first, and the index version that gave them."""
+        if self.index is None:
+            raise RequestError(404, "no_index", "This server was started without an index; it only embeds.")
+        if k > self.limits.max_k:
+            raise RequestError(422, "invalid_request", f"k must be at most {self.limits.max_k}, got {_number(k)}.")
+        if queries is not None:
+            unit = (await self.embed(queries, "query", task))[0]
+        else:
+            assert vectors is not None, "the body holds queries or vectors"
+            self._check_count("vectors", len(vectors))
+            unit = _unit_vectors(vectors, self.encoder.dim)
+        key = (k, json.dumps(filter, sort_keys=True) if filter is not None else None)
+        found = await self._wait(self.searcher, key, list(unit), [1] * len(unit))
+        return [hits for hits, _ in found], found[0][1]
+
+    async def check(self) -> None:
+        """Return when the model works: it answered lately, or answers now. Raises RequestError (503) otherwise."""
+        self._check_open()
+        if not (self.embedder.alive and self.searcher.alive):
+            raise RequestError(503, "not_running", "A worker thread has ended.")
+        if time.monotonic() - self._last_forward > FRESH_S:
+            await self.embed(["health"], "query")
+
+    def check_ready(self) -> None:
+        """Raise RequestError (503) unless the server takes new requests."""
+        self._check_open()
+        if self.embedder.waiting >= self.limits.max_waiting:
+            raise RequestError(503, "overloaded", "The queue is full.", {"Retry-After": "1"})
+
+    def refresh(self) -> bool:
+        """Open the index version that has become current, if another has, and serve it from the next batch on."""
+        if self.index is None or self.index_folder is None:
+            return False
+        folder = versions.current(self.index_folder)
+        if folder.name == self.index.version:
+            return False
+        index = RetrievalIndex(folder)
+        self._check_fits(index)
+        self.index = index
+        log.info("Serving index version %s (%d documents)", index.version, len(index))
+        return True
+
+    def info(self) -> dict[str, Any]:
+        """What is served: model, index, limits."""
+        spec = self.encoder.spec
+        index = None
+        if self.index is not None:
+            keys = ("version", "documents", "factory", "metric", "search", "recall@10", "fields", "created")
+            index = {key: self.index.manifest.get(key) for key in keys}
+        model = {
+            "name": self.name,
+            "hash": self.model_hash,
+            "dimensions": self.encoder.dim,
+            "query_length": spec.query_length,
+            "passage_length": spec.passage_length,
+            "tasks": sorted(spec.task_prompts),
+        }
+        return {
+            "model": model,
+            "index": index,
+            "limits": self.limits.model_dump(),
+            "uptime_s": round(time.time() - self.started, 1),
+        }
+
+    def close(self) -> None:
+        """Take no further request, finish what waits, stop the threads."""
+        self.closing = True
+        self.embedder.close()
+        self.searcher.close()
+        self._tokenizers.shutdown(wait=False)
+
+    # ------------------------------------------------------------ worker threads
+
+    def _forward(self, _: None, sequences: list[Sequence[int]]) -> np.ndarray:
+        vectors = self.encoder.embed_ids(sequences, self.limits.batch_tokens)
+        self._last_forward = time.monotonic()
+        return vectors
+
+    def _find(self, key: tuple[int, str | None], vectors: list[np.ndarray]) -> list[tuple[list[Hit], str]]:
+        k, filter = key
+        index = self.index  # one version answers the whole batch, even while another takes its place
+        assert index is not None, "searches are refused without an index"
+        hits = index.search(np.stack(vectors), k, json.loads(filter) if filter is not None else None)
+        return [(row, index.version) for row in hits]
+
+    # ------------------------------------------------------------ checks
+
+    async def _wait(self, batcher: Batcher, key: Any, values: Sequence[Any], costs: Sequence[int]) -> list[Any]:
+        try:
+            future: Future[list[Any]] = batcher.submit(key, values, costs)
+            return await asyncio.wrap_future(future)
+        except Overloaded as err:
+            raise RequestError(
+                429,
+                "overloaded",
+                f"{self.limits.max_waiting} texts are waiting already; try again in a second.",
+                {"Retry-After": "1"},
+            ) from err
+        except Closed:
+            self._check_open()
+            raise
+        except FilterError as err:
+            raise RequestError(422, "invalid_filter", str(err)) from err
+
+    def _check_open(self) -> None:
+        if self.closing:
+            raise RequestError(503, "not_running", "The server is shutting down.", {"Retry-After": "1"})
+
+    def _check_texts(self, texts: Sequence[str]) -> None:
+        self._check_count("texts", len(texts))
+        for place, text in enumerate(texts):
+            if len(text) > self.limits.max_characters:
+                limit = self.limits.max_characters
+                raise RequestError(
+                    413, "text_too_long", f"texts[{place}] has {len(text)} characters, at most {limit} are taken."
+                )
+            if not text.strip():
+                raise RequestError(422, "invalid_request", f"texts[{place}] is empty.")
+            if not is_unicode(text):
+                raise RequestError(
+                    422, "invalid_request", f"texts[{place}] holds a lone surrogate; it is not valid Unicode."
+                )
+
+    def _check_count(self, what: str, count: int) -> None:
+        if count == 0:
+            raise RequestError(422, "invalid_request", f"{what} is empty; give at least one.")
+        if count > self.limits.max_batch:
+            raise RequestError(
+                413,
+                "batch_too_large",
+                f"{count} {what} were sent, at most {self.limits.max_batch} are taken per request.",
+            )
+
+    def _check_task(self, task: str) -> None:
+        spec = self.encoder.spec
+        known = {*spec.task_prompts, *spec.symmetric_tasks}
+        if task and task not in known:
+            hint = nearest(task[:64], known) if known else " It knows none: leave task out."
+            raise RequestError(422, "unknown_task", f"The model has no prompt for task {task!r:.80}.{hint}")
+
+    def _check_fits(self, index: RetrievalIndex) -> None:
+        built_with = index.manifest.get("model", {}).get("hash", "")
+        if index.dim != self.encoder.dim or (self.model_hash and built_with and built_with != self.model_hash):
+            raise ConfigError(
+                f"Index version {index.folder} was built with model {index.manifest.get('model', {}).get('name')!r} "
+                f"({index.dim} dimensions, hash {built_with[:12]}), the served model {self.name!r} is another "
+                f"({self.encoder.dim} dimensions, hash {self.model_hash[:12]}). Serve that model, or build the index again."
+            )
+
+
+async def watch(engine: Engine, every_s: float) -> None:
+    """Look for a new index version every `every_s` seconds; one that cannot be served leaves the old one in place."""
+    said = ""
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            await asyncio.to_thread(engine.refresh)
+        except TdroError as err:
+            if str(err) != said:
+                said = str(err)
+                log.error("The new index version is not served: %s", said)
+
+
+@contextlib.asynccontextmanager
+async def watching(engine: Engine, every_s: float = 2.0) -> Any:
+    """Follow the index's current version while the context lasts."""
+    task = asyncio.create_task(watch(engine, every_s))
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def _unit_vectors(vectors: Sequence[Sequence[float]], dim: int) -> np.ndarray:
+    for place, vector in enumerate(vectors):
+        if len(vector) != dim:
+            raise RequestError(
+                422, "invalid_request", f"vectors[{place}] has {len(vector)} dimensions, the index has {dim}."
+            )
+    try:
+        return unit_rows(np.array(vectors, np.float64), dim)
+    except DataError as err:
+        raise RequestError(422, "invalid_request", str(err)) from err
+
+
+def _number(value: int) -> str:
+    return str(value) if abs(value) < 10**30 else "an integer of more than 30 digits"

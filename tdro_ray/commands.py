@@ -1,0 +1,220 @@
+"""What each command does. The only room beside the CLI that knows the pipeline, the cluster and the server."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tdro_ray.config import Recipe, load_recipe, recipe_names
+from tdro_ray.display import display, table
+from tdro_ray.errors import ConfigError, ResourceError
+from tdro_ray.pipeline import Progress, Run, Stage, key_of, write_json
+
+PACKAGES = ("ray", "torch", "transformers", "peft", "pylance", "pyarrow", "numpy", "faiss-cpu", "faiss-gpu", "bm25s", "fastapi", "deepspeed")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do the parsed command; return the exit code."""
+    if arguments.command == "recipes":
+        print("\n".join(recipe_names()))
+        return 0
+    if arguments.command == "submit":
+        from cluster.submit import submit
+
+        return submit(arguments.arguments, arguments.address, follow=not arguments.detach)
+    recipe = load_recipe(arguments.recipe, tuple(arguments.overrides))
+    run = Run(recipe, display(), lambda: _connect(recipe))
+    run.open()
+    _quiet_libraries()
+    write_json(run.folder / "versions.json", versions())
+    return int(COMMANDS.get(arguments.command, _stage)(run, arguments) or 0)
+
+
+def _connect(recipe: Recipe) -> None:
+    from cluster.session import connect
+
+    connect(recipe.scale)
+
+
+def _whole_run(run: Run, arguments: argparse.Namespace) -> None:
+    from tdro_ray import stages
+
+    began = time.monotonic()
+    stages.ingest(run)
+    stages.mine(run)
+    stages.model(run)
+    stages.reference(run)
+    stages.score(run)
+    stages.optimize(run)
+    _finetune(run)
+    stages.evaluate(run)
+    stages.index(run)
+    if not arguments.no_serve:
+        _sample_searches(run)
+    _report(run)
+    _closing(run, arguments, time.monotonic() - began)
+
+
+def _finetune(run: Run) -> None:
+    from tdro_ray import stages
+
+    for name in dict.fromkeys((*run.recipe.weights, *run.recipe.compare)):
+        if name != stages.BASELINE:  # the reference run is that one
+            stages.finetune(run, name)
+
+
+def _stage(run: Run, arguments: argparse.Namespace) -> None:
+    from tdro_ray import stages
+
+    if arguments.command == "finetune":
+        _finetune(run)
+        return
+    if arguments.command == "reference":
+        stages.model(run)
+    getattr(stages, arguments.command)(run)
+    if arguments.command == "evaluate":
+        from tdro_ray.report.page import summary_table
+
+        print(table(summary_table(run.folder)))
+
+
+def _report(run: Run, arguments: argparse.Namespace | None = None) -> None:
+    from tdro_ray.report.page import write_report
+
+    path = write_report(run.folder)
+    if arguments is not None:
+        print(path)
+
+
+def _tune(run: Run, arguments: argparse.Namespace) -> None:
+    from tdro_ray.tune.search import tune
+
+    tune(run)
+
+
+def _export(run: Run, arguments: argparse.Namespace) -> None:
+    from tdro_ray import stages
+    from tdro_ray.model.export import export
+
+    folders = stages.model_folders(run)
+    name = arguments.model or stages.best_model(run)
+    if name not in folders:
+        raise ConfigError(f"No trained model {name!r} in {run.folder}. Trained: {', '.join(folders) or 'none'}.")
+    print(export(folders[name][1], Path(arguments.to), run.folder, name))
+
+
+def _serve(run: Run, arguments: argparse.Namespace) -> None:
+    from serve import deployment
+
+    from tdro_ray import stages
+
+    settings = run.recipe.serve
+    index = Path(arguments.index) if arguments.index else stages.index_folder(run)
+    model = Path(arguments.model) if arguments.model else _indexed_model(run)
+    _connect(run.recipe)
+    url = deployment.start(model, index, host=settings.host, port=settings.port, num_replicas=settings.num_replicas)
+    print(f"Serving {model} at {url}  (search page: {url}/, API: {url}/docs). Stop with Ctrl-C.", flush=True)
+    try:
+        while True:
+            time.sleep(3600)
+    finally:
+        deployment.stop()
+
+
+def _indexed_model(run: Run) -> Path:
+    from tdro_ray import stages
+
+    name = run.manifest("index").get("summary", {}).get("model")
+    if not name:
+        raise ConfigError(f"Nothing is indexed yet. Run `tdro index {run.recipe.name}` first, or give --model and --index.")
+    return stages.model_folders(run)[name][1]
+
+
+def _sample_searches(run: Run) -> None:
+    """Start Serve on loopback, send the recipe's queries through HTTP, keep the hits, stop it."""
+    from tdro_ray import stages
+
+    settings = run.recipe.serve
+    key = key_of("serve", settings.model_dump(mode="json"), run.manifest("index").get("key"))
+    out = run.folder / "serve.json"
+
+    def work(progress: Progress) -> tuple[str, dict[str, Any]]:
+        import httpx
+        from serve import deployment
+
+        progress.update("starting the service")
+        url = deployment.start(_indexed_model(run), stages.index_folder(run), host=settings.host, port=settings.port, num_replicas=settings.num_replicas)
+        try:
+            progress.update(f"asking {url}/search")
+            began = time.monotonic()
+            response = httpx.post(f"{url}/search", json={"queries": list(settings.queries), "k": settings.k}, timeout=60)
+            response.raise_for_status()
+            seconds = time.monotonic() - began
+        except httpx.HTTPError as err:
+            raise ResourceError(f"The service at {url} did not answer the sample queries: {err}. Look at the Serve logs on the Ray dashboard.") from err
+        finally:
+            deployment.stop()
+        write_json(out, {"url": url, "queries": [{"query": q, "hits": hits} for q, hits in zip(settings.queries, response.json()["results"], strict=True)]})
+        return f"{len(settings.queries)} queries answered in {seconds * 1000:.0f} ms through HTTP", {"url": url}
+
+    if settings.queries:
+        run.do(Stage("serve", key, (out,), work))
+
+
+def _closing(run: Run, arguments: argparse.Namespace, seconds: float) -> None:
+    from tdro_ray.report.page import summary_table
+
+    serve = run.folder / "serve.json"
+    if serve.exists():
+        for asked in json.loads(serve.read_text(encoding="utf-8"))["queries"]:
+            print(f"\n“{asked['query']}”")
+            for hit in asked["hits"]:
+                text = " ".join(f"{hit.get('title') or ''} {hit['text']}".split())
+                print(f"  {hit['score']:.3f}  {hit['id']}  {text[:90]}")
+    print("\n" + table(summary_table(run.folder)))
+    name = arguments.recipe
+    print(f"\nReport: {run.folder / 'report.html'}   ({seconds:.0f} s in all)")
+    print(f"""
+Next:
+  tdro serve {name}                                 search page and HTTP API on http://{run.recipe.serve.host}:{run.recipe.serve.port}
+  tdro run {name} --set compare=[proportional]      one more baseline
+  tdro tune {name}                                  search the DRO learning rate and temperature""")
+
+
+COMMANDS = {"run": _whole_run, "report": _report, "tune": _tune, "export": _export, "serve": _serve}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the platform and the packages that decide results."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("tdro-ray", *PACKAGES):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries from drawing over our display, here and in the workers that inherit the environment."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "DS_ACCELERATOR": "cpu" if not _has_gpu() else "cuda",
+    }.items():
+        os.environ.setdefault(name, value)
+    if not sys.stdout.isatty():
+        os.environ.setdefault("NO_COLOR", "1")
+
+
+def _has_gpu() -> bool:
+    return Path("/dev/nvidia0").exists() or bool(os.environ.get("CUDA_VISIBLE_DEVICES"))

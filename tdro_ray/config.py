@@ -1,0 +1,303 @@
+"""The recipe: every setting of every stage, as frozen pydantic models. Imports neither torch nor Ray.
+
+Order of precedence: defaults < recipe file < ``--set a.b=c``. Unknown keys are refused with the nearest valid
+ones. The resolved recipe is written into the run folder as `config.json`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tdro_ray.errors import ConfigError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+Measure = Literal["ratio", "official", "excess", "plain", "log_ratio"]
+Backend = Literal["ddp"]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EnvironmentSettings(Settings):
+    """The installed Python environment as a source of retrieval tasks."""
+
+    max_rows: int = Field(2000, ge=1)  # training rows per task
+    test_queries: int = Field(150, ge=1)  # held-out queries per task
+    max_files: int = Field(3000, ge=1)  # Python files parsed, a deterministic sample
+
+
+class TaskOverride(Settings):
+    """Per-task facts that the files do not carry; None keeps what the source says."""
+
+    symmetric: bool | None = None  # query and passage are of one kind
+    query_prompt: str | None = None  # instruction before a query
+    in_batch: bool | None = None  # other rows' passages are negatives in stages 0 and 2
+    temperature: float | None = None  # tau of this task
+    language: str | None = None  # ISO 639-1 code, for reports
+    licence: str | None = None  # for reports and model cards
+
+
+class DataSettings(Settings):
+    """Where collections come from and where the collection store lives."""
+
+    store: Path | None = None  # folder of the collection store; None: <run folder>/store
+    sources: tuple[str, ...] = ("environment",)  # "environment", task folders or files, folders of task folders
+    max_reject_share: float = Field(0.001, ge=0, le=1)  # of a task's input lines
+    dev_queries: int = Field(50, ge=0)  # per task, held out from training for Tune's objective
+    dev_corpus: int = Field(1000, ge=1)  # passages per task that dev queries are searched in
+    tasks: dict[str, TaskOverride] = {}  # overrides by task name
+    environment: EnvironmentSettings = EnvironmentSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("sources"), str):
+            data = {**data, "sources": (data["sources"],)}
+        return data
+
+
+class MineSettings(Settings):
+    """Hard-negative mining."""
+
+    method: Literal["bm25"] = "bm25"
+    num_negatives: int = Field(7, ge=1)  # wanted per row, given ones counted
+    first_rank: int = Field(2, ge=1)  # ranks above this are left out, 1 is the best hit
+    last_rank: int = Field(30, ge=1)  # search depth
+
+
+class TinyModel(Settings):
+    """A Qwen2 built from scratch; its byte-level BPE is trained on the collections."""
+
+    hidden_size: int = 256
+    num_layers: int = 2
+    num_heads: int = 4
+    intermediate_size: int = 512
+    vocab_size: int = 16384
+    embedding_std: float = 1.0  # 1.0 makes the start lexical; the usual 0.02 learns nothing in a short run
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (peft)."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None  # module names; None lets peft infer them
+
+
+class ModelSettings(Settings):
+    """The encoder, one for queries and passages."""
+
+    name: str = "tiny"  # "tiny", a Hugging Face model folder, or a Hub id
+    pooling: Literal["last", "mean", "cls"] = "last"
+    query_length: int = Field(128, ge=4)  # tokens, EOS included
+    passage_length: int = Field(512, ge=4)  # tokens, EOS included
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    lora: LoraSettings | None = None
+    tiny: TinyModel = TinyModel()
+
+
+class TrainSettings(Settings):
+    """One training run (stages 0 and 2; stage 1 adds to it)."""
+
+    steps: int = Field(1000, ge=1)  # optimiser steps
+    batch_size: int = Field(2048, ge=1)  # queries per step, over all workers
+    num_negatives: int = Field(1, ge=0)  # hard negatives per query
+    temperature: float = Field(0.002, gt=0)  # tau in s = cos / tau
+    learning_rate: float = Field(1e-4, gt=0)  # peak
+    warmup_steps: int = Field(100, ge=0)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)  # cosine ends at this share of the peak
+    weight_decay: float = Field(0.1, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)  # 2-norm clip of the whole gradient
+    token_budget: int = Field(16384, ge=16)  # padded tokens per forward; larger batches run in chunks
+    checkpoint_every: int = Field(100, ge=1)  # steps
+    log_every: int = Field(10, ge=1)  # steps
+
+
+class OptimizeSettings(TrainSettings):
+    """Stage 1: the proxy and the task weights."""
+
+    num_negatives: int = Field(7, ge=0)
+    measure: Measure = "ratio"
+    eta: float = Field(0.02, gt=0)  # step size on log alpha
+    clip: float = Field(1.0, gt=0)  # 2-norm of the signal vector above which it is scaled down
+    ema: float = Field(0.1, gt=0, le=1)
+    floor: float = Field(0.0, ge=0, lt=1)  # DoReMi smoothing: alpha = (1 - floor) alpha + floor / G
+    absent: Literal["zero", "carry"] = "carry"  # signal of a task that the batch did not hold
+    group_rows: int = Field(512, ge=1)  # rows over which `official` normalises
+    top_percent: tuple[int, ...] = (70,)  # selection files to write, percent of tasks kept
+
+
+class ScaleSettings(Settings):
+    """How many workers, and what each asks of Ray."""
+
+    num_workers: int = Field(2, ge=1)
+    use_gpu: bool = False
+    cpus_per_worker: float = Field(0.5, gt=0)  # below 1 so that Ray Data is never starved on a small machine
+    cpus_per_data_task: float = Field(0.25, gt=0)
+    backend: Backend = "ddp"
+    max_failures: int = Field(0, ge=-1)  # restarts of a failed worker group; -1 for ever
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+
+
+class EvaluateSettings(Settings):
+    """Retrieval on each task's held-out test."""
+
+    ndcg_at: int = 10
+    recall_at: int = 100
+    batch_tokens: int = 16384  # padded tokens per forward while encoding
+    extra_tests: tuple[str, ...] = ()  # BEIR folders beside the tasks' own tests
+
+
+class IndexSettings(Settings):
+    """FAISS index over the store's passages."""
+
+    factory: str = "Flat"  # any faiss.index_factory string; inner product on unit vectors
+    model: str = ""  # name of the evaluated model to index with; "" takes the best mean nDCG@10
+    tasks: tuple[str, ...] = ()  # tasks whose passages are indexed; () takes all
+
+
+class ServeSettings(Settings):
+    """The HTTP service that `tdro serve` and the last step of `tdro run` start."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)  # 0 takes a free one
+    num_replicas: int = Field(1, ge=1)
+    queries: tuple[str, ...] = ()  # sent through HTTP at the end of `tdro run`
+    k: int = Field(3, ge=1)  # hits printed for each
+
+
+class TuneSettings(Settings):
+    """Search over stage 1."""
+
+    trials: int = Field(12, ge=1)
+    eta: tuple[float, float] = (2e-3, 2e-1)  # log-uniform
+    temperature: tuple[float, float] = (0.01, 0.1)  # log-uniform, the proxy's tau
+    measures: tuple[Measure, ...] = ("ratio", "excess")
+    optimize_steps: int = Field(40, ge=1)
+    finetune_steps: int = Field(40, ge=1)
+    concurrent: int = Field(1, ge=1)
+
+
+class Recipe(Settings):
+    """A whole run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 42
+    data: DataSettings = DataSettings()
+    mine: MineSettings = MineSettings()
+    model: ModelSettings = ModelSettings()
+    scale: ScaleSettings = ScaleSettings()
+    reference: TrainSettings = TrainSettings()
+    optimize: OptimizeSettings = OptimizeSettings()
+    finetune: TrainSettings = TrainSettings()
+    weights: tuple[str, ...] = ("current", "top70")  # learned weight files to fine-tune with
+    compare: tuple[str, ...] = ()  # further baselines: "proportional", or a weight file
+    evaluate: EvaluateSettings = EvaluateSettings()
+    index: IndexSettings = IndexSettings()
+    serve: ServeSettings = ServeSettings()
+    tune: TuneSettings = TuneSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.optimize.num_negatives == 0:
+            raise ValueError("optimize.num_negatives must be at least 1: stage 1 has no in-batch negatives, its loss would be 0")
+        if self.mine.last_rank < self.mine.first_rank:
+            raise ValueError("mine.last_rank must not be below mine.first_rank")
+        return self
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Return the recipe of that name or file with ``a.b=c`` overrides applied.
+
+    Raises ConfigError for an unknown recipe, an unknown key (with the nearest valid ones) or a bad value.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name_or_path}.yaml"
+        if not path.exists():
+            raise ConfigError(f"No recipe {name_or_path!r}.{nearest(name_or_path, recipe_names())} A path to a .yaml file works too.")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise ConfigError(f"Recipe file {path} cannot be read: {err.strerror}. Shipped recipes: {', '.join(recipe_names())}.") from err
+    except yaml.YAMLError as err:
+        raise ConfigError(f"Recipe file {path} is not valid YAML: {err}") from err
+    if not isinstance(raw, dict):
+        raise ConfigError(f"Recipe file {path} must hold a mapping, it holds {type(raw).__name__}.")
+    raw.setdefault("name", path.stem)
+    for item in overrides:
+        _apply(raw, item)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as err:
+        raise ConfigError(_explain(err, path)) from err
+
+
+def _apply(raw: dict[str, Any], item: str) -> None:
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set takes key=value, e.g. --set optimize.eta=0.01; got {item!r}.")
+    *parents, last = key.strip().split(".")
+    node = raw
+    for part in parents:
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {key}: {part!r} holds {child!r}, which has no fields.")
+        node = child
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as err:
+        raise ConfigError(f"--set {key}: {value!r} is not a valid YAML value: {err}") from err
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    """Field names of the settings model that holds the last element of `location`."""
+    model: Any = Recipe
+    for part in location[:-1]:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            continue
+        options = [field.annotation, *get_args(field.annotation)]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def _explain(err: ValidationError, path: Path) -> str:
+    lines = []
+    for e in err.errors():
+        where = ".".join(str(p) for p in e["loc"]) or "the recipe"
+        if e["type"] == "extra_forbidden":
+            lines.append(f"unknown key {where!r}.{nearest(str(e['loc'][-1]), _fields_at(e['loc']))}")
+        else:
+            lines.append(f"{where}: {e['msg'].removeprefix('Value error, ')} (got {e['input']!r:.120})")
+    return f"Recipe {path.stem!r} is not valid: " + "; ".join(lines)
+
+
+def runs_root() -> Path:
+    """Folder of all run folders: `$TDRO_RUNS` (a Ray job sets it) or `runs` in the working directory."""
+    return Path(os.environ.get("TDRO_RUNS") or "runs").resolve()
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Run folder of a recipe."""
+    return runs_root() / recipe.name
+
+
+def store_folder(recipe: Recipe) -> Path:
+    """Collection store of a recipe: `data.store`, or `store` in its run folder."""
+    return recipe.data.store.expanduser().resolve() if recipe.data.store else run_folder(recipe) / "store"

@@ -1,0 +1,112 @@
+"""Reference similarities of exactly the rows and negatives that stage 1 will draw (a Ray Data actor pool).
+
+Similarities, not losses: any temperature and any Tune trial reuses them, and neither stage 1 nor a trial loads the
+reference model. One Lance row per step: the passage keys that the step draws, and their cosines to the query.
+N rows of the global batch, P passages of a row, D dimensions.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from tdro_ray.data.collate import Batch, BatchRecipe, Collator
+from tdro_ray.data.stream import quiet
+
+SCHEMA = pa.schema([("step", pa.int64()), ("keys", pa.list_(pa.int64())), ("similarities", pa.list_(pa.float32()))])
+COMMIT_STEPS = 64  # steps scored between two commits
+
+
+def score(
+    recipe: BatchRecipe,
+    reference: Path,
+    out: Path,
+    num_actors: int,
+    cpus: float,
+    use_gpu: bool,
+    batch_tokens: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Write the scores of all steps of `recipe.plan` into the Lance dataset `out` and return how many were computed.
+
+    Steps that `out` holds already are kept: a longer plan extends it. The caller makes sure that `out` is of the same
+    reference, store and draw (a folder per key); stage 1 compares the keys of every step that it reads all the same.
+    """
+    import lance
+
+    quiet()
+    done = _steps_in(out)
+    missing = recipe.plan.num_steps - done
+    if missing <= 0:
+        return 0
+    dataset = (
+        ray.data.range(missing, override_num_blocks=missing)
+        .map_batches(
+            _Scorer,
+            fn_constructor_kwargs={"recipe": recipe, "reference": str(reference), "first": done, "batch_tokens": batch_tokens},
+            batch_size=1,
+            num_cpus=cpus,
+            num_gpus=1 if use_gpu else 0,
+            compute=ray.data.ActorPoolStrategy(size=num_actors),
+        )
+    )
+    dataset.context.execution_options.preserve_order = True
+    dataset.set_name("score")
+    pending: list[pa.Table] = []
+    for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow"):
+        pending.append(table.cast(SCHEMA))
+        done += 1
+        progress(done)
+        if len(pending) == COMMIT_STEPS or done == recipe.plan.num_steps:
+            lance.write_dataset(pa.concat_tables(pending), str(out), mode="append" if out.exists() else "create")
+            pending.clear()
+    return missing
+
+
+def similarities(batch: Batch, vector_SD: np.ndarray) -> np.ndarray:
+    """Return the cosines (N, P) of each row's passages to its query, from the vectors of the batch's S sequences."""
+    num_rows, width = batch.passage_key_BP.shape
+    query_ND, passage_NPD = vector_SD[:num_rows], vector_SD[num_rows:].reshape(num_rows, width, -1)
+    return np.einsum("nd,npd->np", query_ND, passage_NPD).astype(np.float32)
+
+
+class _Scorer:
+    """One actor: a collator and the reference model."""
+
+    def __init__(self, recipe: BatchRecipe, reference: str, first: int, batch_tokens: int) -> None:
+        import torch
+
+        from tdro_ray.model.encoder import Encoder
+
+        torch.set_flush_denormal(True)
+        self.collator, self.first, self.batch_tokens = Collator(recipe), first, batch_tokens
+        self.encoder = Encoder.load(reference, "cuda" if torch.cuda.is_available() else "cpu")
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        out: dict[str, list[Any]] = {"step": [], "keys": [], "similarities": []}
+        for i in rows["id"]:
+            batch = self.collator.batch(self.first + int(i), 0, 1)
+            sequences = np.split(batch.ids, np.cumsum(batch.length_S)[:-1])
+            found_NP = similarities(batch, self.encoder.embed_ids(sequences, self.batch_tokens))
+            out["step"].append(batch.step)
+            out["keys"].append(batch.passage_key_BP.ravel())
+            out["similarities"].append(found_NP.ravel())
+        return out
+
+
+def _steps_in(out: Path) -> int:
+    import lance
+
+    if not out.exists():
+        return 0
+    try:
+        return int(lance.dataset(str(out)).count_rows())
+    except (OSError, ValueError):  # killed before the first commit
+        shutil.rmtree(out)
+        return 0

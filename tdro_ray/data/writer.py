@@ -1,0 +1,322 @@
+"""Writes one task of the collection store from a stream of parsed rows. Knows nothing of Ray.
+
+Everything goes into `<store>/.tmp-<task>-<pid>`, the manifest last, and the folder is renamed into place: a killed
+ingest leaves no half task. Memory holds 16-byte keys of passages and rows, never their texts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tdro_ray.data.collection import PASSAGE_SCHEMA, ROW_SCHEMA, TaskManifest, write_beir
+from tdro_ray.data.dedup import KEY_BYTES, passage_key, row_key, text_key
+from tdro_ray.data.formats import UNREADABLE, Reject
+from tdro_ray.data.publish import publish
+from tdro_ray.data.split import dev_rows
+from tdro_ray.errors import DataError
+from tdro_ray.types import Passage, RetrievalTest, Row, TaskInfo
+
+_KEY = pa.binary(KEY_BYTES)
+_PASSAGE = pa.struct([*PASSAGE_SCHEMA, pa.field("key", _KEY)])
+PARSED_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("query", pa.string()),
+        ("query_key", _KEY),
+        ("row_key", _KEY),  # same query, same positives
+        ("content_key", _KEY),  # everything in the row, ids too
+        ("passages", pa.list_(_PASSAGE)),  # distinct; the positives first
+        ("num_positives", pa.int64()),
+        ("self_negatives", pa.int64()),  # given negatives that were a positive of the row, left out
+        ("reject", pa.string()),  # null, or a JSON list [file, line, reason, detail]; then the rest is empty
+    ]
+)
+_STAGED_SCHEMA = pa.schema([*ROW_SCHEMA, pa.field("query_key", _KEY), pa.field("content_key", _KEY)])
+FLUSH_BYTES = 64 << 20  # of passages per append to Lance
+
+
+def parsed_table(items: Iterable[Row | Reject]) -> pa.Table:
+    """Return rows and rejects as a table of `PARSED_SCHEMA`, keys computed: the work that runs in parallel."""
+    records = [_parsed_reject(item) if isinstance(item, Reject) else _parsed_row(item) for item in items]
+    columns = zip(*records) if records else [[] for _ in PARSED_SCHEMA]
+    return pa.table(
+        [pa.array(values, field.type) for values, field in zip(columns, PARSED_SCHEMA)], schema=PARSED_SCHEMA
+    )
+
+
+def _parsed_row(row: Row) -> tuple[Any, ...]:
+    query_key = text_key(row.query)
+    positives = {passage_key(p.title, p.text): p for p in reversed(row.positives)}  # of equal ones the first stays
+    positives = dict(reversed(positives.items()))
+    negatives: dict[bytes, Passage] = {}
+    dropped = 0
+    for passage in row.negatives:
+        key = passage_key(passage.title, passage.text)
+        dropped += key in positives
+        if key not in positives:
+            negatives.setdefault(key, passage)
+    passages = [
+        {"docid": p.docid, "title": p.title, "text": p.text, "key": key}
+        for key, p in (*positives.items(), *negatives.items())
+    ]
+    content = json.dumps([row.id, row.query, len(positives), [(p["docid"], p["key"].hex()) for p in passages]])
+    content_key = blake2b(content.encode(), digest_size=KEY_BYTES).digest()
+    return (
+        row.id,
+        row.query,
+        query_key,
+        row_key(query_key, positives),
+        content_key,
+        passages,
+        len(positives),
+        dropped,
+        None,
+    )
+
+
+def _parsed_reject(reject: Reject) -> tuple[Any, ...]:
+    empty = bytes(KEY_BYTES)
+    return "", "", empty, empty, empty, [], 0, 0, json.dumps(reject)
+
+
+@dataclass(frozen=True)
+class WriteSettings:
+    """What the writer must know of the recipe."""
+
+    max_reject_share: float
+    dev_queries: int
+    dev_corpus: int
+
+
+class TaskWriter:
+    """Takes parsed tables in source order, then `finish` makes the task appear in the store."""
+
+    def __init__(
+        self,
+        store: Path,
+        name: str,
+        info: TaskInfo,
+        source_key: str,
+        test: RetrievalTest | None,
+        settings: WriteSettings,
+    ) -> None:
+        self.store, self.name, self.info, self.source_key, self.settings = store, name, info, source_key, settings
+        self.folder = store / f".tmp-{name}-{os.getpid()}"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.test = test
+        self.test_query_keys = {text_key(q) for q in test.queries.values()} if test else set()
+        self.numbers: dict[bytes, int] = {}  # passage key -> number, in order of first use
+        self.seen: set[bytes] = set()
+        self.counts: Counter[str] = Counter(lines=0, duplicates=0, decontaminated=0, self_negatives=0)
+        self.rejects: Counter[str] = Counter()
+        self.first_rejects: list[str] = []
+        self._passages: list[pa.Table] = []
+        self._staged_path = self.folder / "rows.arrow"
+        self._staged = pa.ipc.new_file(str(self._staged_path), _STAGED_SCHEMA)
+        self._rejects_path = self.folder / "rejects.jsonl"
+        self._rejects_file = self._rejects_path.open("w", encoding="utf-8")
+
+    # Taking rows
+
+    def add(self, table: pa.Table) -> None:
+        """Take the next parsed rows."""
+        self.counts["lines"] += table.num_rows
+        refused = pc.is_valid(table["reject"])
+        for line in table["reject"].filter(refused).to_pylist():
+            self._reject(Reject(*json.loads(line)))
+        table = table.filter(pc.invert(refused))
+        table = table.filter(pa.array(self._wanted(table), pa.bool_()))
+        if not table.num_rows:
+            return
+        self.counts["self_negatives"] += pc.sum(table["self_negatives"]).as_py()
+        lists = table["passages"].combine_chunks()
+        numbers = self._number(lists.flatten())
+        positives, negatives = _split(
+            numbers, pc.list_value_length(lists).to_numpy(), table["num_positives"].to_numpy()
+        )
+        columns = [table["id"], table["query"], positives, negatives, table["query_key"], table["content_key"]]
+        self._staged.write_table(pa.table(columns, schema=_STAGED_SCHEMA))
+
+    def _reject(self, reject: Reject) -> None:
+        if reject.reason == UNREADABLE:
+            raise DataError(f"Task {self.name!r}: {reject.detail}")
+        self.rejects[reject.reason] += 1
+        if len(self.first_rejects) < 3:
+            self.first_rejects.append(
+                f"{reject.file}:{reject.line}: {reject.reason}" + (f" ({reject.detail})" if reject.detail else "")
+            )
+        self._rejects_file.write(json.dumps(reject._asdict(), ensure_ascii=False) + "\n")
+
+    def _wanted(self, table: pa.Table) -> list[bool]:
+        """Which rows stay: not seen before, and not a test query."""
+        wanted = []
+        for query, row in zip(table["query_key"].to_pylist(), table["row_key"].to_pylist()):
+            if query in self.test_query_keys:
+                self.counts["decontaminated"] += 1
+            elif row in self.seen:
+                self.counts["duplicates"] += 1
+            else:
+                self.seen.add(row)
+                wanted.append(True)
+                continue
+            wanted.append(False)
+        return wanted
+
+    def _number(self, passages: pa.StructArray) -> np.ndarray:
+        """Number the passages, new ones in order of first use, and keep the new ones for writing."""
+        numbers, fresh = [], []
+        for at, key in enumerate(passages.field("key").to_pylist()):
+            number = self.numbers.get(key)
+            if number is None:
+                number = self.numbers[key] = len(self.numbers)
+                fresh.append(at)
+            numbers.append(number)
+        if fresh:
+            taken = passages.take(pa.array(fresh))
+            self._passages.append(pa.table([taken.field(name) for name in PASSAGE_SCHEMA.names], schema=PASSAGE_SCHEMA))
+            if sum(t.nbytes for t in self._passages) > FLUSH_BYTES:
+                self._flush()
+        return np.asarray(numbers, np.int64)
+
+    def _flush(self) -> None:
+        import lance
+
+        path = self.folder / "passages.lance"
+        lance.write_dataset(pa.concat_tables(self._passages), str(path), mode="append" if path.exists() else "create")
+        self._passages = []
+
+    # Finishing
+
+    def finish(self) -> TaskManifest:
+        """Write rows, splits and manifest and rename the folder into the store; return the manifest.
+
+        Raises DataError, leaving the store as it was, when no row is left or too many lines were refused.
+        """
+        self._staged.close()
+        self._rejects_file.close()
+        self._check_rejects()
+        if not self.seen:
+            self.abandon()
+            raise DataError(self._empty_message())
+        self._flush()
+        staged = pa.ipc.open_file(pa.memory_map(str(self._staged_path))).read_all()
+        dev = dev_rows(staged, list(self.numbers), self.settings.dev_queries)
+        is_dev = np.isin(np.arange(staged.num_rows), dev)
+        test_key, dev_key = self._write_tests(staged.filter(pa.array(is_dev)))
+        content = self._write_rows(staged, ~is_dev)
+        manifest = TaskManifest(
+            name=self.name,
+            rows=int((~is_dev).sum()),
+            passages=len(self.numbers),
+            hash=content,
+            source_key=self.source_key,
+            info=self.info,
+            rejects=dict(sorted(self.rejects.items())),
+            counts={**self.counts, "dev_rows": len(dev)},
+            test_queries=len(self.test.queries) if self.test else 0,
+            dev_queries=len(dev),
+            tests_hash=blake2b((test_key + dev_key).encode(), digest_size=16).hexdigest(),
+        )
+        del staged
+        self._staged_path.unlink()
+        return publish(self.store, self.folder, manifest)
+
+    def abandon(self) -> None:
+        """Remove what was written; the store stays as it was."""
+        self._staged.close()
+        self._rejects_file.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _check_rejects(self) -> None:
+        refused, lines = self.rejects.total(), self.counts["lines"]
+        if refused <= self.settings.max_reject_share * lines:
+            return
+        kept = self.store / f"{self.name}.rejects.jsonl"
+        self._rejects_path.replace(kept)
+        self.abandon()
+        raise DataError(
+            f"Task {self.name!r}: {refused} of {lines} input lines were refused ({refused / lines:.2%}; data.max_reject_share allows "
+            f"{self.settings.max_reject_share:.2%}). First: {'; '.join(self.first_rejects)}. All are listed in {kept}. "
+            f"Mend the file, or allow more with --set data.max_reject_share={min(1.0, np.ceil(refused / lines * 1000) / 1000):g}."
+        )
+
+    def _empty_message(self) -> str:
+        left_out = ", ".join(f"{count} {what}" for what, count in self.counts.items() if count) or "no input line"
+        return f"Task {self.name!r} has no training row left ({left_out}). Its files must hold at least one usable row."
+
+    def _write_rows(self, staged: pa.Table, keep: np.ndarray) -> str:
+        """Write rows.lance in source order; return the hash of rows and passages in order."""
+        import lance
+
+        rows = staged.filter(pa.array(keep))
+        lance.write_dataset(
+            rows.select(ROW_SCHEMA.names).to_reader(), str(self.folder / "rows.lance"), schema=ROW_SCHEMA
+        )
+        hasher = blake2b(digest_size=16)
+        for chunk in rows["content_key"].chunks:
+            hasher.update(b"".join(chunk.to_pylist()))
+        hasher.update(b"|" + b"".join(self.numbers))
+        return hasher.hexdigest()
+
+    def _write_tests(self, dev: pa.Table) -> tuple[str, str]:
+        """Write the test as it came and the dev split; return their keys."""
+        keys = []
+        for split, test in (("test", self.test), ("dev", self._dev_test(dev))):
+            if test is not None:
+                write_beir(self.folder / split, test, split)
+            keys.append(_test_key(test))
+        return keys[0], keys[1]
+
+    def _dev_test(self, dev: pa.Table) -> RetrievalTest | None:
+        """The dev split: its positives among `dev_corpus` other passages of the task, drawn by their keys."""
+        if not dev.num_rows:
+            return None
+        import lance
+
+        positives = dict.fromkeys(number for row in dev["positives"].to_pylist() for number in row)
+        keys = list(self.numbers)
+        others = sorted((n for n in range(len(keys)) if n not in positives), key=keys.__getitem__)[
+            : self.settings.dev_corpus
+        ]
+        numbers = sorted([*positives, *others])
+        taken = lance.dataset(str(self.folder / "passages.lance")).take(numbers).to_pylist()
+        corpus = tuple(Passage(str(n), p["text"], p["title"]) for n, p in zip(numbers, taken))
+        queries = {f"dev{at}": query for at, query in enumerate(dev["query"].to_pylist())}
+        qrels = {f"dev{at}": {str(n): 1 for n in row} for at, row in enumerate(dev["positives"].to_pylist())}
+        return RetrievalTest(corpus, queries, qrels)
+
+
+def _split(numbers: np.ndarray, lengths: np.ndarray, num_positives: np.ndarray) -> tuple[pa.ListArray, pa.ListArray]:
+    """Cut the flat numbers of all rows into lists of positives and lists of negatives."""
+    ends = np.cumsum(lengths)
+    place = np.arange(len(numbers)) - np.repeat(ends - lengths, lengths)
+    positive = place < np.repeat(num_positives, lengths)
+    return _lists(numbers[positive], num_positives), _lists(numbers[~positive], lengths - num_positives)
+
+
+def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int64()))
+
+
+def _test_key(test: RetrievalTest | None) -> str:
+    if test is None:
+        return ""
+    hasher = blake2b(digest_size=16)
+    for passage in test.corpus:
+        hasher.update(passage.docid.encode() + b"\0" + passage_key(passage.title, passage.text))
+    hasher.update(json.dumps([test.queries, test.qrels]).encode())
+    return hasher.hexdigest()

@@ -1,0 +1,191 @@
+"""Build a new index version: write the documents, embed them with Ray Data actors, index the vectors, publish.
+
+    documents -> documents.lance -> (row ranges -> actors: take texts, encode -> vectors) -> FAISS -> manifest
+
+Only row ranges and vectors travel through Ray; the actors read the texts from the store, which must therefore lie
+on storage that every node sees. Nothing is published before the manifest is written, so a killed build leaves the
+current version as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tdro_ray.errors import CheckpointError, DataError
+from tdro_ray.index import faiss_index, store, versions
+
+RANGE_ROWS = 1024  # documents embedded per Ray Data row
+
+Progress = Callable[[str, int, int], None]  # phase ("embed", "index"), documents done, documents in all
+
+
+def load_encoder(folder: str, device: str) -> Any:
+    """Return the encoder of a model folder on `device`."""
+    from tdro_ray.model.encoder import Encoder
+
+    return Encoder.load(folder, device)
+
+
+def build_index(
+    documents: Iterable[store.Document],
+    model_folder: str | Path,
+    out_folder: str | Path,
+    factory: str = "Flat",
+    batch_tokens: int = 16384,
+    num_actors: int = 1,
+    cpus_per_actor: float = 1,
+    use_gpu: bool = False,
+    progress: Progress | None = None,
+    *,
+    target_recall: float = 0.98,
+    min_recall: float = 0.0,
+    load: Callable[[str, str], Any] = load_encoder,
+) -> dict[str, Any]:
+    """Build a version from ``(id, title, text, metadata)`` documents, make it current, return its manifest.
+
+    `factory` is a FAISS factory string or "auto" (chosen by size). The search is widened until `target_recall`;
+    below `min_recall` the build fails. `load` makes the encoder in each actor from (model folder, device).
+    Raises DataError (documents, recall), ConfigError (factory), CheckpointError (model), ResourceError (another
+    build into the folder runs).
+    """
+    model_folder, started = Path(model_folder).resolve(), time.time()
+    model = {"name": model_folder.name, "hash": versions.model_hash(model_folder)}
+    with versions.new_version(Path(out_folder).resolve()) as (name, folder):
+        count, fields = store.write_documents(folder / "documents.lance", documents)
+        embed = _embed(folder, model_folder, count, batch_tokens, num_actors, cpus_per_actor, use_gpu, load)
+        vectors = _gather(embed, folder / "vectors.npy", count, progress)
+        store.add_vectors(folder / "documents.lance", vectors, fields)
+        index, facts = faiss_index.build(
+            store.DocumentStore(folder / "documents.lance").vector_blocks,
+            count,
+            vectors.shape[1],
+            factory,
+            target_recall=target_recall,
+            progress=(lambda done, total: progress("index", done, total)) if progress else None,
+        )
+        if facts["recall@10"] < min_recall:
+            raise DataError(
+                f"The index reaches recall@10 {facts['recall@10']:.3f}, below the floor {min_recall:.3f}: {facts['factory']!r} "
+                "is too coarse for these vectors. Choose a finer factory (HNSW32, SQ8, Flat) or lower the floor."
+            )
+        faiss_index.save(index, folder / "index.faiss")
+        (folder / "vectors.npy").unlink()
+        record = _manifest(name, model, count, vectors.shape[1], fields, facts, folder)
+        versions.write_manifest(folder, record | {"seconds": round(time.time() - started, 1)})
+    return versions.manifest(Path(out_folder) / "versions" / name)
+
+
+def _manifest(
+    name: str, model: dict[str, str], count: int, dim: int, fields: dict[str, str], facts: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    return {
+        "version": name,
+        "model": model,
+        "dim": dim,
+        "documents": count,
+        "metric": "inner_product",
+        "unit_vectors": True,
+        "fields": {"id": "string", **fields},
+        **facts,
+        "lance_version": store.DocumentStore(folder / "documents.lance").dataset.version,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+class _Embedder:
+    """A Ray Data actor: row ranges in, (row, vector) out."""
+
+    def __init__(
+        self, documents: str, model_folder: str, device: str, batch_tokens: int, load: Callable[[str, str], Any]
+    ) -> None:
+        import lance
+
+        self.documents = lance.dataset(documents)
+        self.encoder, self.batch_tokens = load(model_folder, device), batch_tokens
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for start, stop in zip(batch["start"].to_pylist(), batch["stop"].to_pylist(), strict=True):
+            records = self.documents.take(list(range(start, stop)), columns=["title", "text", "metadata"]).to_pylist()
+            vectors = embed_records(self.encoder, records, self.batch_tokens)
+            column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+            yield pa.table({"row": pa.array(range(start, stop), pa.int64()), "vector": column})
+
+
+def embed_records(encoder: Any, records: list[dict[str, Any]], batch_tokens: int) -> np.ndarray:
+    """Return the passage vectors of store records, float32 (n, D); a symmetric task's prompt goes before its passages."""
+    tasks = [str(json.loads(record["metadata"]).get("task") or "") for record in records]
+    texts = [f"{record['title']} {record['text']}" if record["title"] else record["text"] for record in records]
+    vectors = np.empty((len(records), encoder.dim), np.float32)
+    for task in sorted(set(tasks)):
+        at = [i for i, t in enumerate(tasks) if t == task]
+        vectors[at] = encoder.encode([texts[i] for i in at], "passage", task, batch_tokens)
+    return vectors
+
+
+def _embed(
+    folder: Path,
+    model_folder: Path,
+    count: int,
+    batch_tokens: int,
+    num_actors: int,
+    cpus_per_actor: float,
+    use_gpu: bool,
+    load: Callable[[str, str], Any],
+) -> Iterator[pa.Table]:
+    """Yield tables of row numbers and vectors, in any order."""
+    import ray
+
+    ranges = [pa.table({"start": [at], "stop": [min(at + RANGE_ROWS, count)]}) for at in range(0, count, RANGE_ROWS)]
+    dataset = ray.data.from_arrow(ranges).map_batches(
+        _Embedder,
+        fn_constructor_kwargs={
+            "documents": str(folder / "documents.lance"),
+            "model_folder": str(model_folder),
+            "device": "cuda" if use_gpu else "cpu",
+            "batch_tokens": batch_tokens,
+            "load": load,
+        },
+        batch_format="pyarrow",
+        batch_size=1,
+        zero_copy_batch=True,
+        compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(ranges))),
+        num_cpus=cpus_per_actor,
+        num_gpus=1 if use_gpu else 0,
+    )
+    dataset.set_name("tdro-index-embed")
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    except ray.exceptions.RayTaskError as err:  # the user's mistake, without the actor's traceback
+        cause = err.cause if isinstance(err.cause, Exception) else err
+        raise CheckpointError(f"The documents could not be embedded with the model {model_folder}: {cause}") from err
+
+
+def _gather(tables: Iterator[pa.Table], path: Path, count: int, progress: Progress | None) -> np.ndarray:
+    """Return all vectors in row order as a memory map at `path`. Raises DataError for a vector that is not of unit length."""
+    vectors: np.ndarray | None = None
+    done = 0
+    for table in tables:
+        rows, block = table["row"].to_numpy(), store.matrix(table["vector"])
+        lengths = np.linalg.norm(block, axis=1)
+        if not np.allclose(lengths, 1, atol=1e-3):
+            bad = int(np.argmax(~np.isclose(lengths, 1, atol=1e-3)))
+            raise DataError(
+                f"The model gave document {rows[bad]} a vector of length {lengths[bad]}; it must be 1. Check the model."
+            )
+        if vectors is None:
+            vectors = np.lib.format.open_memmap(path, "w+", np.float32, (count, block.shape[1]))
+        vectors[rows] = block
+        done += len(rows)
+        if progress:
+            progress("embed", done, count)
+    if vectors is None or done != count:
+        raise DataError(f"{done} of {count} documents were embedded.")
+    return vectors

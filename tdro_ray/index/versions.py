@@ -1,0 +1,136 @@
+"""Versions of an index on disk. A version is complete or does not exist; one small file says which is current.
+
+    <out>/current              name of the current version, replaced atomically
+    <out>/versions/<n>/        documents.lance, index.faiss, manifest.json (written last)
+    <out>/versions/.building-<n>   a build under way; a killed one is removed by the next
+    <out>/.lock                held while a build runs
+
+A reader that has opened a version keeps it: the version before the current one is not removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tdro_ray.errors import CheckpointError, DataError, ResourceError
+
+KEEP = 2  # complete versions left on disk, the current one included
+
+
+def names(out_folder: str | Path) -> list[str]:
+    """Names of the complete versions, oldest first."""
+    found = (path.parent.name for path in Path(out_folder).glob("versions/*/manifest.json"))
+    return sorted((name for name in found if name.isdigit()), key=int)
+
+
+def current(out_folder: str | Path) -> Path:
+    """Return the folder of the current version. Raises DataError where no index is complete."""
+    out_folder = Path(out_folder)
+    try:
+        name = (out_folder / "current").read_text(encoding="utf-8").strip()
+    except OSError as err:
+        raise DataError(f"{out_folder} holds no complete index. Build one with `tdro index`.") from err
+    folder = out_folder / "versions" / name
+    if name not in names(out_folder):
+        raise DataError(
+            f"{out_folder / 'current'} names version {name!r:.40}; complete are: {', '.join(names(out_folder)) or 'none'}."
+        )
+    return folder
+
+
+def manifest(version_folder: Path) -> dict[str, Any]:
+    """Return the manifest of a complete version."""
+    try:
+        return json.loads((version_folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise DataError(
+            f"{version_folder / 'manifest.json'} cannot be read: {err}. Build the index again with `tdro index`."
+        ) from err
+
+
+def select(out_folder: str | Path, name: str) -> None:
+    """Make a complete version the current one: the switch after a build, and the way back to an older version."""
+    out_folder = Path(out_folder)
+    if name not in names(out_folder):
+        raise DataError(
+            f"{out_folder} has no version {name!r:.40}; complete are: {', '.join(names(out_folder)) or 'none'}."
+        )
+    _replace(out_folder / "current", name + "\n")
+
+
+@contextlib.contextmanager
+def new_version(out_folder: str | Path) -> Iterator[tuple[str, Path]]:
+    """Yield the name and the empty folder of a new version; on leaving it, publish it and make it current.
+
+    The caller writes `manifest.json` last. An error inside leaves the current version as it was.
+    Raises ResourceError while another build into the same folder runs.
+    """
+    out_folder = Path(out_folder)
+    root = out_folder / "versions"
+    root.mkdir(parents=True, exist_ok=True)
+    with _lock(out_folder):
+        for stale in root.glob(".building-*"):
+            shutil.rmtree(stale)
+        name = str(max((int(n) for n in os.listdir(root) if n.isdigit()), default=0) + 1)  # noqa: PTH208
+        folder = root / f".building-{name}"
+        folder.mkdir()
+        try:
+            yield name, folder
+            assert (folder / "manifest.json").is_file(), "a version is published with its manifest"
+            folder.rename(root / name)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        select(out_folder, name)
+        for old in names(out_folder)[:-KEEP]:
+            shutil.rmtree(root / old)
+
+
+def model_hash(folder: str | Path) -> str:
+    """SHA-256 over the names and contents of a model folder's files: equal hashes make comparable vectors."""
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    if not files:
+        raise CheckpointError(f"{folder} is not a model folder: it does not exist or holds no file.")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(version_folder: Path, record: dict[str, Any]) -> None:
+    """Write the manifest of a version, atomically."""
+    _replace(version_folder / "manifest.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _lock(out_folder: Path) -> Iterator[None]:
+    """Hold the build lock of a folder; the system lets go of it when the process dies."""
+    with (out_folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise ResourceError(
+                f"Another build writes into {out_folder}; wait for it, or choose another folder."
+            ) from err
+        yield

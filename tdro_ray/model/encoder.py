@@ -1,0 +1,139 @@
+"""The retriever's encoder: a Hugging Face backbone, pooling, unit vectors. Knows nothing of Ray or of training.
+
+B sequences, T tokens, D dimensions, N texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tdro_ray.errors import CheckpointError
+from tdro_ray.model.pooling import POOLING
+from tdro_ray.model.tokenize import TextTokenizer, read_spec, write_spec
+from tdro_ray.retrieval.chunks import length_chunks, pad_rows
+from tdro_ray.types import Kind, RetrieverSpec
+
+
+class Retriever(nn.Module):
+    """Backbone and pooling as one module: token ids in, unit vectors out. Queries and passages share it."""
+
+    def __init__(self, backbone: nn.Module, spec: RetrieverSpec) -> None:
+        super().__init__()
+        self.backbone, self.spec = backbone, spec
+        self.causal = _is_causal(backbone)
+
+    def forward(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Return float32 unit vectors (B, D). `mask_BT` is 1 at real tokens; padding is on the right."""
+        # Behind a causal mask, padding on the right cannot reach a real token: no mask, and attention's fast path.
+        mask = None if self.causal else mask_BT
+        hidden_BTD = self.backbone(input_ids=ids_BT, attention_mask=mask).last_hidden_state
+        return nn.functional.normalize(POOLING[self.spec.pooling](hidden_BTD, mask_BT).float(), dim=-1)
+
+
+class Encoder:
+    """A model folder, ready to turn texts into vectors."""
+
+    def __init__(self, retriever: Retriever, tokenizer: TextTokenizer, device: str = "cpu") -> None:
+        self.retriever, self.tokenizer, self.device = retriever.to(device).eval(), tokenizer, torch.device(device)
+        self.spec = retriever.spec
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of a vector."""
+        return int(self.retriever.backbone.config.hidden_size)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "cpu") -> Encoder:
+        """Load a tdro model folder. Raises CheckpointError that says what is missing."""
+        return cls(load_retriever(folder), TextTokenizer(folder), device)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], kind: Kind, task: str = "", batch_tokens: int = 16384) -> np.ndarray:
+        """Return float32 unit vectors (N, D) in the order of the texts."""
+        sequences = self.tokenizer.encode(texts, kind, task)
+        return self.embed_ids(sequences, batch_tokens)
+
+    @torch.inference_mode()
+    def embed_ids(self, sequences: Sequence[Sequence[int]], batch_tokens: int = 16384) -> np.ndarray:
+        """Return float32 unit vectors (N, D) of token id sequences, run by length in chunks of `batch_tokens`."""
+        length_N = np.array([len(s) for s in sequences], np.int64)
+        out_ND = np.empty((len(sequences), self.dim), np.float32)
+        if not len(sequences):
+            return out_ND
+        flat = np.concatenate([np.asarray(s, np.int32) for s in sequences])
+        offset_N = np.cumsum(length_N) - length_N
+        for chunk in length_chunks(length_N, batch_tokens):
+            ids_BT, mask_BT = to_tensors(flat, offset_N, length_N, chunk, self.spec.pad_token_id, self.device)
+            out_ND[chunk] = self.retriever(ids_BT, mask_BT).cpu().numpy()
+        return out_ND
+
+
+def to_tensors(
+    flat: np.ndarray, offset_S: np.ndarray, length_S: np.ndarray, chunk: np.ndarray, pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return (ids_BT, mask_BT) of the sequences `chunk` of a flattened batch, on `device`."""
+    ids_BT = torch.from_numpy(pad_rows(flat, offset_S, length_S, chunk, pad_id)).to(device, non_blocking=True)
+    length_B = torch.from_numpy(length_S[chunk]).to(device, non_blocking=True)
+    mask_BT = (torch.arange(ids_BT.shape[1], device=device) < length_B[:, None]).long()
+    return ids_BT, mask_BT
+
+
+def load_retriever(folder: str | Path, dtype: str = "float32") -> Retriever:
+    """Load backbone (LoRA adapters merged in where there are any) and spec of a tdro model folder."""
+    return Retriever(load_backbone(folder, dtype), read_spec(Path(folder)))
+
+
+def load_backbone(name: str | Path, dtype: str = "float32") -> Any:
+    """Load a Hugging Face encoder or decoder body by folder or Hub id. Raises CheckpointError with the mend."""
+    from transformers import AutoModel
+
+    local = Path(name).is_dir()
+    try:
+        return AutoModel.from_pretrained(str(name), dtype=getattr(torch, dtype), local_files_only=local)
+    except (OSError, ValueError, KeyError, RuntimeError) as err:
+        where = "folder" if local else "Hub id (no such folder here, and no hub gave it)"
+        raise CheckpointError(
+            f"Model {str(name)!r} cannot be loaded from that {where}: {_first_line(err)} "
+            "Give a folder that save_pretrained wrote (config.json, model.safetensors, tokenizer.json), a Hub id, or 'tiny'."
+        ) from err
+
+
+def save_retriever(retriever: Retriever, tokenizer_folder: Path, folder: Path) -> None:
+    """Write a complete tdro model folder: Hugging Face model files, the tokenizer's files, `tdro.json`."""
+    import shutil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone: Any = retriever.backbone
+    if hasattr(backbone, "merge_and_unload"):  # peft: serve and evaluate the merged weights
+        import copy
+
+        backbone = copy.deepcopy(backbone).merge_and_unload()
+    backbone.save_pretrained(folder)
+    for file in Path(tokenizer_folder).glob("*token*"):
+        shutil.copy2(file, folder / file.name)
+    write_spec(folder, retriever.spec)
+
+
+@torch.no_grad()
+def _is_causal(backbone: nn.Module) -> bool:
+    """Return whether a later token leaves earlier outputs alone, found by trying: configs do not say it reliably."""
+    was_training = backbone.training
+    backbone.eval()
+    device = next(backbone.parameters()).device
+    if device.type == "meta":
+        return False
+    vocabulary = getattr(backbone.config, "vocab_size", 8)  # type: ignore[union-attr]
+    ids_BT = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device) % vocabulary
+    hidden_BTD = backbone(input_ids=ids_BT).last_hidden_state
+    backbone.train(was_training)
+    return bool(torch.equal(hidden_BTD[0, :3], hidden_BTD[1, :3]))
+
+
+def _first_line(err: Exception) -> str:
+    return str(err).strip().splitlines()[0][:300] if str(err).strip() else type(err).__name__

@@ -1,0 +1,44 @@
+"""Sequences grouped by length under a token budget. Pure numpy.
+
+S sequences, each of a length in tokens; a chunk is padded to its longest sequence.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+
+def length_chunks(length_S: npt.ArrayLike, token_budget: int) -> list[Ints]:
+    """Return index arrays that cover all sequences once, longest first, each padding to at most `token_budget` tokens.
+
+    A sequence longer than the budget gets a chunk of its own.
+    """
+    length_S = np.asarray(length_S, np.int64)
+    order = np.argsort(-length_S, kind="stable")
+    chunks, start = [], 0
+    while start < len(order):
+        count = max(1, token_budget // max(1, int(length_S[order[start]])))
+        chunks.append(order[start : start + count])
+        start += count
+    return chunks
+
+
+def padded_tokens(length_S: npt.ArrayLike, chunks: list[Ints]) -> int:
+    """Return how many tokens, padding included, the chunks hold."""
+    length_S = np.asarray(length_S, np.int64)
+    return int(sum(length_S[c].max() * len(c) for c in chunks if len(c)))
+
+
+def pad_rows(flat: npt.NDArray[np.int32], offset_S: Ints, length_S: Ints, chunk: Ints, pad_id: int) -> npt.NDArray[np.int64]:
+    """Return the (len(chunk), longest) token ids of a chunk, padded on the right, from the flattened batch.
+
+    Sequence i occupies ``flat[offset_S[i] : offset_S[i] + length_S[i]]``.
+    """
+    width = int(length_S[chunk].max())
+    ids = np.full((len(chunk), width), pad_id, np.int64)
+    keep = np.arange(width) < length_S[chunk, None]
+    ids[keep] = flat[(offset_S[chunk, None] + np.arange(width))[keep]]
+    return ids

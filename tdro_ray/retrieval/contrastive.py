@@ -1,0 +1,54 @@
+"""InfoNCE, row by row. Pure torch: knows nothing of tasks, workers or config.
+
+B queries of one worker, P passages of a query (the positive first), M passages of the whole global batch,
+K positives of a row (padded), D dimensions. Vectors are unit vectors; `temperature` is tau in s = cos / tau.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+def own_passages_loss(score_BP: Tensor, temperature: float, valid_BP: Tensor | None = None) -> Tensor:
+    """Return InfoNCE over each row's own passages, the positive at 0 (stage 1): (B,).
+
+    L_i = -log( exp(s_i0) / sum_p exp(s_ip) ), s = `score_BP` / tau, `score_BP` cosines. Where `valid_BP` is False the
+    passage does not take part; a row with only its positive has loss 0.
+    """
+    logit_BP = score_BP.float() / temperature
+    if valid_BP is not None:
+        logit_BP = logit_BP.masked_fill(~valid_BP, float("-inf"))
+    target_B = torch.zeros(len(logit_BP), dtype=torch.long, device=logit_BP.device)
+    return cross_entropy(logit_BP, target_B, reduction="none")
+
+
+def global_batch_loss(
+    query_BD: Tensor,
+    passage_MD: Tensor,
+    target_B: Tensor,
+    passage_key_M: Tensor,
+    positive_key_BK: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Return InfoNCE of each query over all passages of the global batch (stages 0 and 2): (B,).
+
+    `target_B` is the column of each row's own positive. A column whose key is one of the row's positives (`-1` pads),
+    its own positive apart, is no negative of that row and is masked: equal passages have equal keys.
+    """
+    logit_BM = query_BD.float() @ passage_MD.float().T / temperature
+    return cross_entropy(
+        logit_BM.masked_fill(false_negatives(target_B, passage_key_M, positive_key_BK), float("-inf")),
+        target_B,
+        reduction="none",
+    )
+
+
+def false_negatives(target_B: Tensor, passage_key_M: Tensor, positive_key_BK: Tensor) -> Tensor:
+    """Return where a column holds a positive of the row other than its target: bool (B, M)."""
+    mask_BM = torch.zeros(len(target_B), len(passage_key_M), dtype=torch.bool, device=target_B.device)
+    for key_B in positive_key_BK.unbind(1):
+        mask_BM |= passage_key_M[None, :] == key_B[:, None]
+    mask_BM[torch.arange(len(target_B), device=target_B.device), target_B] = False
+    return mask_BM

@@ -1,0 +1,38 @@
+"""Checkpoints of a training run: everything that it needs to go on exactly. The manifest is written last.
+
+    weights.pt     trainable parameters and optimiser state (as the backend gathers them)
+    dro.pt         task weights and trajectory (stage 1 only)
+    model/         the finished model folder (last checkpoint only)
+    manifest.json  step and settings key
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdro_ray.errors import CheckpointError
+
+
+def write(folder: Path, step: int, key: str, backend_state: dict[str, Any], dro_state: dict[str, Any] | None) -> None:
+    """Write the checkpoint that says: `step` steps are done."""
+    torch.save(backend_state, folder / "weights.pt")
+    if dro_state is not None:
+        torch.save(dro_state, folder / "dro.pt")
+    (folder / "manifest.json").write_text(json.dumps({"step": step, "key": key}) + "\n", encoding="utf-8")
+
+
+def read(folder: Path, key: str) -> tuple[int, dict[str, Any], dict[str, Any] | None]:
+    """Return (steps done, backend state, stage-1 state). Raises CheckpointError for another run's checkpoint."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["key"] != key:
+            raise CheckpointError(f"The checkpoint {folder} is of other settings (key {manifest['key']}, wanted {key}). Delete it.")
+        state = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True)
+        dro = folder / "dro.pt"
+        return int(manifest["step"]), state, torch.load(dro, weights_only=True) if dro.exists() else None
+    except (OSError, ValueError, KeyError, RuntimeError) as err:
+        raise CheckpointError(f"The checkpoint {folder} cannot be read: {err}. Delete it to start from the one before.") from err

@@ -1,0 +1,237 @@
+"""The training loop of all stages, read downward: batch, step, update, log, checkpoint. Knows nothing of Ray.
+
+G tasks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdro_ray.config import ModelSettings, OptimizeSettings, TrainSettings
+from tdro_ray.data.collate import Batch
+from tdro_ray.dro.files import write_trajectory
+from tdro_ray.dro.weights import TaskWeights
+from tdro_ray.errors import TdroError
+from tdro_ray.model.encoder import Retriever, load_retriever, save_retriever
+from tdro_ray.train import checkpoint
+from tdro_ray.train.backends import BACKENDS, Backend
+from tdro_ray.train.comm import sum_
+from tdro_ray.train.context import TrainContext
+from tdro_ray.train.step import StepResult, TaskSettings, contrastive_step, dro_step
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One training run, small and picklable. Stage 1 is the one whose settings are `OptimizeSettings`."""
+
+    key: str  # of everything that decides the result; a checkpoint of another key is refused
+    base: Path  # model folder to start from
+    out: Path  # folder for metrics.jsonl and, at the end, model/ and trajectory.parquet
+    settings: TrainSettings
+    model: ModelSettings
+    tasks: TaskSettings
+    seed: int
+    backend: str = "ddp"
+
+
+def train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
+    """Run the job to its end, from its newest checkpoint on, and return a summary (equal on all workers)."""
+    torch.set_flush_denormal(True)  # softmax at small temperatures makes denormals, which CPUs crawl through
+    settings, device = job.settings, context.device
+    torch.manual_seed(job.seed)
+    retriever = _trainable(load_retriever(job.base, job.model.dtype), job.model).to(device)
+    backend: Backend = BACKENDS[job.backend](retriever, settings)
+    weights = _task_weights(settings, len(job.tasks.names))
+    trajectory: list[tuple[int, list[float], list[float]]] = []
+    start = _restore(job, context, backend, weights, trajectory)
+    log = _Log(job.out, context, start, settings)
+
+    for batch in log.timed(context.batches(start)):
+        _check_order(batch, start, context)
+        torch.manual_seed(_step_seed(job.seed, batch.step, context.rank))  # dropout goes on exactly after a restart
+        if isinstance(settings, OptimizeSettings):
+            assert weights is not None
+            result = dro_step(backend, weights, batch, settings, job.tasks, retriever.spec.pad_token_id, device)
+            trajectory.append((batch.step, result.detail["alpha"], result.detail["signal"]))
+        else:
+            result = contrastive_step(backend, batch, settings, job.tasks, retriever.spec.pad_token_id, device)
+        rate = learning_rate(batch.step, settings)
+        norm = backend.update(rate)
+        start = batch.step + 1
+        log.step(batch, result, rate, norm)
+        if start % settings.checkpoint_every == 0 or start == settings.steps:
+            _checkpoint(job, context, backend, weights, trajectory, start, retriever)
+    if start != settings.steps:
+        raise TdroError(f"The batches ended after {start} of {settings.steps} steps. Run the stage again: it goes on from its checkpoint.")
+    return {"loss": log.last_loss, "steps": start, "tokens_per_s": log.mean_rate(), "data_wait_share": log.wait_share()}
+
+
+def learning_rate(step: int, settings: TrainSettings) -> float:
+    """Return the rate of `step` (0-based): linear warm-up, then cosine down to `min_lr_ratio` of the peak."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    t = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    low = settings.min_lr_ratio
+    return settings.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * t)) / 2)
+
+
+def _trainable(retriever: Retriever, model: ModelSettings) -> Retriever:
+    retriever.train()
+    backbone: Any = retriever.backbone
+    if model.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if model.lora is not None:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=model.lora.r,
+            lora_alpha=model.lora.alpha,
+            lora_dropout=model.lora.dropout,
+            target_modules=list(model.lora.targets) if model.lora.targets else "all-linear",
+        )
+        retriever.backbone = get_peft_model(backbone, lora)
+    return retriever
+
+
+def _task_weights(settings: TrainSettings, num_tasks: int) -> TaskWeights | None:
+    if not isinstance(settings, OptimizeSettings):
+        return None
+    return TaskWeights(num_tasks, settings.eta, settings.clip, settings.ema, settings.floor, absent=settings.absent)
+
+
+def _restore(
+    job: TrainJob, context: TrainContext, backend: Backend, weights: TaskWeights | None, trajectory: list[Any]
+) -> int:
+    folder = context.latest_checkpoint()
+    if folder is None:
+        return 0
+    step, backend_state, dro_state = checkpoint.read(folder, job.key)
+    backend.load_state_dict(backend_state)
+    if weights is not None and dro_state is not None:
+        weights.load_state_dict(dro_state["weights"])
+        trajectory.extend(tuple(t) for t in dro_state["trajectory"])
+    return step
+
+
+def _checkpoint(
+    job: TrainJob,
+    context: TrainContext,
+    backend: Backend,
+    weights: TaskWeights | None,
+    trajectory: list[Any],
+    step: int,
+    retriever: Retriever,
+) -> None:
+    state = backend.state_dict()
+    folder = Path(tempfile.mkdtemp(prefix="tdro-"))
+    if context.rank == 0:
+        dro = None if weights is None else {"weights": weights.state_dict(), "trajectory": trajectory}
+        if step == job.settings.steps:
+            save_retriever(retriever, job.base, folder / "model")
+            if weights is not None:
+                _write_weights(folder, job, weights, trajectory)
+        checkpoint.write(folder, step, job.key, state, dro)
+    context.report({"step": step}, folder if context.rank == 0 else None)
+
+
+def _write_weights(folder: Path, job: TrainJob, weights: TaskWeights, trajectory: list[Any]) -> None:
+    steps, alpha_SG, signal_SG = zip(*trajectory, strict=True)
+    write_trajectory(folder / "trajectory.parquet", steps, list(job.tasks.names), torch.tensor(alpha_SG), torch.tensor(signal_SG))
+    found = {"current": weights.alpha_G, "mean": weights.mean_G, "ema": weights.ema_G}
+    (folder / "alpha.json").write_text(json.dumps({k: v.tolist() for k, v in found.items()}), encoding="utf-8")
+
+
+def _check_order(batch: Batch, expected: int, context: TrainContext) -> None:
+    if (batch.step, batch.rank) != (expected, context.rank):
+        raise TdroError(
+            f"Worker {context.rank} expected its share of step {expected} and received step {batch.step}, share {batch.rank}: "
+            "batches arrived out of order. Nothing was trained on it; run the stage again, it goes on from its checkpoint."
+        )
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step * 4099 + rank) % (2**63)
+
+
+class _Log:
+    """Times, rates and losses of the steps; rank 0 writes every `log_every`-th into `metrics.jsonl`."""
+
+    def __init__(self, out: Path, context: TrainContext, start: int, settings: TrainSettings) -> None:
+        self.path, self.context, self.settings = out / "metrics.jsonl", context, settings
+        self.last_loss, self._losses = math.nan, []
+        self._wait = self._total_wait = 0.0
+        self._tokens = self._total_tokens = 0
+        self._began = self._mark = time.perf_counter()
+        if context.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            kept = [ln for ln in _lines(self.path) if json.loads(ln)["step"] <= start]
+            self.path.write_text("".join(kept), encoding="utf-8")
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches and count how long each was waited for; the first wait is start-up, not data wait."""
+        first = True
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            if first:
+                self._began = self._mark = time.perf_counter()
+                first = False
+            else:
+                self._wait += time.perf_counter() - before
+            yield batch
+
+    def step(self, batch: Batch, result: StepResult, rate: float, norm: float) -> None:
+        self.last_loss = result.loss
+        self._losses.append(result.loss)
+        self._tokens += int(batch.length_S.sum())
+        done = batch.step + 1
+        if done % self.settings.log_every and done != self.settings.steps:
+            return
+        tokens = int(sum_(torch.tensor([self._tokens], dtype=torch.int64, device=self.context.device)))
+        now = time.perf_counter()
+        seconds = max(1e-9, now - self._mark)
+        record = {
+            "step": done,
+            "loss": sum(self._losses) / len(self._losses),
+            "lr": rate,
+            "grad_norm": norm,
+            "tokens_per_s": tokens / seconds,
+            "data_wait_s": self._wait / len(self._losses),
+            "step_s": seconds / len(self._losses),
+            "peak_memory_mb": _peak_memory_mb(self.context.device),
+            **result.detail,
+        }
+        if self.context.rank == 0:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        self._total_wait += self._wait
+        self._total_tokens += tokens
+        self._wait, self._tokens, self._losses, self._mark = 0.0, 0, [], now
+
+    def mean_rate(self) -> float:
+        return self._total_tokens / max(1e-9, self._mark - self._began)
+
+    def wait_share(self) -> float:
+        return self._total_wait / max(1e-9, self._mark - self._began)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,124 @@
+"""Ray Train around the loop: a worker group, the plan's data, checkpoints in the run's storage, restart on failure."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from tdro_ray.config import ScaleSettings
+from tdro_ray.data.collate import Batch, BatchRecipe
+from tdro_ray.data.stream import PlanDataConfig, batches_of
+from tdro_ray.errors import TdroError
+from tdro_ray.train.loop import TrainJob, train
+
+
+class RayContext:
+    """The loop's surroundings inside a Ray Train worker."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
+        self._checkpoint: Any = None
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        try:
+            shard = ray.train.get_dataset_shard("train")
+        except KeyError:  # the checkpoint is of the last step
+            return iter(())
+        return batches_of(shard)
+
+    def latest_checkpoint(self) -> Path | None:
+        found = ray.train.get_checkpoint()
+        if found is None:
+            return None
+        self._checkpoint = found.to_directory()
+        return Path(self._checkpoint)
+
+    def report(self, metrics: dict[str, Any], checkpoint: Path | None = None) -> None:
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(checkpoint) if checkpoint else None)
+        if checkpoint:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def run(job: TrainJob, batches: BatchRecipe, scale: ScaleSettings, storage: str, name: str) -> dict[str, Any]:
+    """Train on a Ray worker group and return the loop's summary; the finished model is put into `job.out / "model"`.
+
+    `storage` is a folder or URL that all nodes see; the run called `name` goes on from its newest checkpoint there.
+    Raises the worker's own TdroError where it is one.
+    """
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard shows Train runs only with it
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=scale.num_workers,
+            use_gpu=scale.use_gpu,
+            resources_per_worker={"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.use_gpu else {})},
+            placement_strategy=scale.placement,
+        ),
+        torch_config=TorchConfig(backend="nccl" if scale.use_gpu else "gloo"),
+        datasets={"train": _no_dataset},
+        dataset_config=PlanDataConfig(batches, f"{storage}/{name}", scale.cpus_per_data_task, name),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage,
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=scale.max_failures),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as err:
+        raise _own_error(err) from err
+    _collect(result.checkpoint, job.out)
+    return dict(result.return_value)
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    return train(config["job"], RayContext())
+
+
+def _no_dataset() -> None:
+    """Stand-in: the plan's dataset is made in PlanDataConfig.configure, where the number of workers is known."""
+
+
+def _collect(found: Any, out: Path) -> None:
+    """Copy what the last checkpoint finished (model, alpha, trajectory) into the stage's folder, each by rename."""
+    with found.as_directory() as folder:
+        for name in ("model", "alpha.json", "trajectory.parquet"):
+            source, target = Path(folder) / name, out / name
+            if not source.exists():
+                continue
+            temporary = out / f".{name}.tmp"
+            _remove(temporary)
+            (shutil.copytree if source.is_dir() else shutil.copy2)(source, temporary)
+            _remove(target)
+            temporary.rename(target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _own_error(err: Exception) -> Exception:
+    """Return the worker's TdroError out of Train's wrapper, or the wrapper where a worker failed otherwise."""
+    for failure in getattr(err, "worker_failures", {}).values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, TdroError):
+                return cause
+            inner = getattr(cause, "cause", None)
+            cause = inner if isinstance(inner, BaseException) else cause.__cause__
+    return err

@@ -1,0 +1,80 @@
+"""Plain records that rooms pass to each other. Knows nothing of Ray, torch or config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["query", "passage"]
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One document. Two passages are equal when title and text are equal, whatever their docid."""
+
+    docid: str
+    text: str
+    title: str = ""
+
+    @property
+    def full_text(self) -> str:
+        """Title and text as the encoder reads them: joined by one space, the title first."""
+        return f"{self.title} {self.text}" if self.title else self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training row: a query with at least one positive and any number of given hard negatives."""
+
+    id: str
+    query: str
+    positives: tuple[Passage, ...]
+    negatives: tuple[Passage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInfo:
+    """What a task is, beside its rows. Every field has a default that a folder of files alone can live with."""
+
+    description: str = ""
+    symmetric: bool = False  # query and passage are of one kind (duplicates, paraphrases, bitext)
+    language: str = ""
+    query_prompt: str = ""  # instruction put before a query, E5 style; on both sides of a symmetric task
+    in_batch: bool = True  # other rows' passages are negatives in stages 0 and 2
+    temperature: float | None = None  # overrides the run's tau for this task
+    source: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalTest:
+    """A held-out test in BEIR terms. `qrels[query_id][docid]` is the graded relevance (> 0 is relevant)."""
+
+    corpus: tuple[Passage, ...]
+    queries: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskData:
+    """One whole task in memory, as the environment source makes it and the ingest writes it."""
+
+    name: str
+    info: TaskInfo
+    rows: tuple[Row, ...]
+    test: RetrievalTest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RetrieverSpec:
+    """How a model folder encodes text; stored as `tdro.json` beside the Hugging Face files."""
+
+    pooling: Literal["last", "mean", "cls"] = "last"
+    query_length: int = 128  # tokens, EOS included
+    passage_length: int = 512  # tokens, EOS included
+    append_eos: bool = True  # False where the tokenizer itself ends every text with a special token
+    eos_token_id: int = 0
+    pad_token_id: int = 0
+    query_prompt: str = ""  # used when no task is named
+    task_prompts: dict[str, str] = field(default_factory=dict)  # task -> query prompt
+    symmetric_tasks: tuple[str, ...] = ()  # tasks whose prompt goes on passages too

@@ -1,0 +1,145 @@
+"""Mining on a real Ray: never a positive, filled, repeatable, and unseen until the manifest names it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tdro_ray.config import Recipe
+from tdro_ray.data import mine as mine_module
+from tdro_ray.data.collection import Collection, CollectionStore
+from tdro_ray.data.dedup import text_key
+from tdro_ray.data.ingest import ingest
+from tdro_ray.data.mine import mine
+from tdro_ray.errors import DataError
+
+TOPICS = [
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "bird",
+    "river",
+    "mountain",
+    "ocean",
+    "engine",
+    "wheel",
+    "music",
+    "guitar",
+    "paint",
+    "sugar",
+    "salt",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
+    yield
+    ray.shutdown()
+
+
+def recipe(source: Path, seed: int = 1, **settings: object) -> Recipe:
+    return Recipe.model_validate(
+        {"seed": seed, "data": {"sources": [str(source)], "dev_queries": 0}, "mine": {"num_negatives": 4, **settings}}
+    )
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Queries asked twice with different positives, twins in case, a query that stands among the passages."""
+    folder = tmp_path / "source" / "task"
+    folder.mkdir(parents=True)
+    rows = []
+    for n in range(1500):
+        topic = TOPICS[n % len(TOPICS)]
+        rows.append([f"about {topic} number {n // 2}", f"a {topic} text {n}"])
+    rows.append(["About Red  number 0", "A RED text 0", "given negative"])
+    rows.append(["a cat text 3", "something else"])
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny = tmp_path / "source" / "tiny"
+    tiny.mkdir()
+    (tiny / "train.jsonl").write_text("\n".join(json.dumps([f"q{n}", f"p{n % 2}"]) for n in range(5)))
+    return tmp_path / "source"
+
+
+def test_negatives(source: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    names = list(ingest(recipe(source), store))
+    reports = mine(recipe(source), store, names)
+    collection = CollectionStore(store)["task"]
+    rows = collection.take_rows(range(len(collection))).to_pylist()
+    texts = collection.take_texts(range(collection.manifest.passages))
+    positives: dict[bytes, set[bytes]] = {}
+    for row in rows:
+        positives.setdefault(text_key(row["query"]), set()).update(text_key(texts[p]) for p in row["positives"])
+    for row in rows:
+        negatives = [text_key(texts[n]) for n in row["negatives"]]
+        assert len(set(negatives)) == len(negatives) == 4
+        assert not set(negatives) & positives[text_key(row["query"])], (
+            "a positive, its twin, or one of another row with the query"
+        )
+        assert text_key(row["query"]) not in negatives
+    topical = sum(
+        TOPICS[n % len(TOPICS)] in texts[neg] for n, row in enumerate(rows[:1500]) for neg in row["negatives"]
+    )
+    assert topical > 0.9 * 6000, "mined negatives are about the query's topic"
+    assert texts[rows[1500]["negatives"][0]] == "given negative"
+    assert reports["task"]["mean_given"] == pytest.approx(1 / 1502)
+    tiny = CollectionStore(store)["tiny"].take_rows(range(5)).to_pylist()
+    assert [row["negatives"] for row in tiny] == [[1 - row["positives"][0]] for row in tiny], (
+        "no more than the task has"
+    )
+
+
+def test_the_same_twice_and_another_with_another_seed(source: Path, tmp_path: Path) -> None:
+    stores = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    hashes = []
+    for store, seed in zip(stores, (1, 1, 2), strict=True):
+        ingest(recipe(source), store)
+        hashes.append(mine(recipe(source, seed), store, ["task"])["task"]["hash"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_up_to_date_and_mined_again(source: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    ingest(recipe(source), store)
+    first = mine(recipe(source), store, ["task"])
+    lines: list[str] = []
+    assert mine(recipe(source), store, ["task"], lines.append) == first and lines == ["task: negatives up to date"]
+    before = Collection(store / "task")
+    four = before.take_rows([0])["negatives"].to_pylist()
+    second = mine(recipe(source, num_negatives=6), store, ["task"])
+    assert len(Collection(store / "task").take_rows([0])["negatives"].to_pylist()[0]) == 6
+    assert second["task"]["version"] > first["task"]["version"]
+    assert Collection(store / "task").take_rows([5])["query"] == before.take_rows([5])["query"]
+    assert before.take_rows([0])["negatives"].to_pylist() == four, "a reader that had the old version keeps it"
+    mine(recipe(source), store, ["task"])
+    assert CollectionStore(store)["task"].manifest.negatives["hash"] == first["task"]["hash"]
+
+
+def test_a_cut_between_column_and_manifest_changes_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    ingest(recipe(source), store)
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mine_module, "write_manifest", cut)
+    with pytest.raises(KeyboardInterrupt):
+        mine(recipe(source), store, ["task"])
+    assert "negatives" not in Collection(store / "task").take_rows([0]).column_names
+    monkeypatch.undo()
+    mine(recipe(source), store, ["task"])
+    assert "negatives" in Collection(store / "task").take_rows([0]).column_names
+
+
+def test_unknown_task(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Run `tdro ingest` first"):
+        mine(Recipe(), tmp_path, ["nope"])
