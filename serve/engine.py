@@ -50,14 +50,14 @@ class Engine:
     ) -> None:
         self.encoder, self.index, self.name, self.model_hash = encoder, index, name, model_hash
         self.limits, self.index_folder = limits or Limits(), index_folder
+        if index is not None:
+            self._check_fits(index)
         self.started = time.time()
         self.closing = False
         self._last_forward = 0.0
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenize")
         self.embedder = Batcher(self._forward, self.limits.batch_tokens, self.limits.max_waiting, "embed")
         self.searcher = Batcher(self._find, SEARCH_BATCH, self.limits.max_waiting, "search")
-        if index is not None:
-            self._check_fits(index)
 
     @classmethod
     def open(
@@ -255,12 +255,11 @@ class Engine:
             raise RequestError(422, "unknown_task", f"The model has no prompt for task {task!r:.80}.{hint}")
 
     def _check_fits(self, index: RetrievalIndex) -> None:
-        built_with = index.manifest.get("model", {}).get("hash", "")
-        if index.dim != self.encoder.dim or (self.model_hash and built_with and built_with != self.model_hash):
+        versions.check_same_model(index.manifest, self.name, self.model_hash)
+        if index.dim != self.encoder.dim:
             raise ConfigError(
-                f"Index version {index.folder} was built with model {index.manifest.get('model', {}).get('name')!r} "
-                f"({index.dim} dimensions, hash {built_with[:12]}), the served model {self.name!r} is another "
-                f"({self.encoder.dim} dimensions, hash {self.model_hash[:12]}). Serve that model, or build the index again."
+                f"Index version {index.folder} holds vectors of {index.dim} dimensions, model {self.name!r} makes "
+                f"{self.encoder.dim}. Serve the model that it was built with, or build the index again."
             )
 
 

@@ -29,6 +29,7 @@ class EnvironmentSettings(Settings):
 
     max_rows: int = Field(2000, ge=1)  # training rows per task
     test_queries: int = Field(150, ge=1)  # held-out queries per task
+    test_corpus: int = Field(1000, ge=1)  # passages per task that the test queries are searched in, at most
     max_files: int = Field(3000, ge=1)  # Python files parsed, a deterministic sample
 
 
@@ -96,6 +97,7 @@ class ModelSettings(Settings):
 
     name: str = "tiny"  # "tiny", a Hugging Face model folder, or a Hub id
     pooling: Literal["last", "mean", "cls"] = "last"
+    instructions: bool = True  # put each task's prompt before its queries; a small mean-pooling model does better without
     query_length: int = Field(128, ge=4)  # tokens, EOS included
     passage_length: int = Field(512, ge=4)  # tokens, EOS included
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -117,12 +117,13 @@ def _negatives_key(run: Run) -> str:
 def retriever_spec(run: Run) -> RetrieverSpec:
     """How this run's models read texts: lengths, pooling, and each task's prompt."""
     model, infos = run.recipe.model, {c.name: c.manifest.info for c in collections(run)}
+    prompts = {name: info.query_prompt for name, info in infos.items() if info.query_prompt and model.instructions}
     return RetrieverSpec(
         pooling=model.pooling,
         query_length=model.query_length,
         passage_length=model.passage_length,
-        task_prompts={name: info.query_prompt for name, info in infos.items() if info.query_prompt},
-        symmetric_tasks=tuple(name for name, info in infos.items() if info.symmetric and info.query_prompt),
+        task_prompts=prompts,
+        symmetric_tasks=tuple(name for name in prompts if infos[name].symmetric),
     )
 
 
@@ -439,7 +440,7 @@ def index(run: Run) -> dict[str, Any]:
             _documents(wanted), folder, index_folder(run), recipe.index.factory, recipe.evaluate.batch_tokens,
             scale.num_workers, scale.cpus_per_worker, scale.use_gpu, lambda phase, done, total: progress.update(f"{phase} {done:,} of {total:,}", done / max(1, total)),
         )
-        return f"{made['documents']:,} documents, {recipe.index.factory}, model {chosen}", {"model": chosen, **made}
+        return f"{made['documents']:,} documents, {recipe.index.factory}, model {chosen}", {**made, "model": chosen}
 
     return run.do(Stage("index", key, (index_folder(run) / "current",), work))
 

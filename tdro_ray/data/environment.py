@@ -38,7 +38,6 @@ from tdro_ray.types import Passage, RetrievalTest, Row, TaskData, TaskInfo
 VERSION = 1  # raise it when the same environment gives other tasks
 KNOWN_SHARE = 0.6  # at most this share of a task's rows comes from the well-known modules
 MAX_POSITIVES = 3  # a query with more right answers than this is too vague to keep
-TEST_CORPUS = 1500  # passages, positives included
 SMALL_CORPUS = 300  # a smaller test corpus is filled up with passages that are training positives
 
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")
@@ -165,17 +164,18 @@ def build_task(name: str, info: TaskInfo, records: Iterable[Record], settings: E
     spare = [e for e in train if e.id not in ids]
     rows = tuple(Row(e.id, e.query, e.positives) for e in sorted(chosen, key=lambda e: e.id))
     asked, rest = test[: settings.test_queries], test[settings.test_queries :]
-    return TaskData(name, info, rows, _test(asked, [*rest, *spare], chosen) if asked else None)
+    return TaskData(name, info, rows, _test(asked, [*rest, *spare], chosen, settings.test_corpus) if asked else None)
 
 
-def _test(asked: list[Example], distractors: list[Example], train: list[Example]) -> RetrievalTest:
+def _test(asked: list[Example], distractors: list[Example], train: list[Example], size: int) -> RetrievalTest:
+    # A query's id must differ from its passage's: evaluation never counts a document with the query's own id.
     corpus = [p for e in asked for p in e.positives]
-    corpus += [p for e in distractors for p in e.positives][: max(0, TEST_CORPUS - len(corpus))]
-    corpus += [p for e in train for p in e.positives][: max(0, SMALL_CORPUS - len(corpus))]
+    corpus += [p for e in distractors for p in e.positives][: max(0, size - len(corpus))]
+    corpus += [p for e in train for p in e.positives][: max(0, min(size, SMALL_CORPUS) - len(corpus))]
     return RetrievalTest(
         corpus=tuple(sorted(corpus, key=lambda p: p.docid)),
-        queries={e.id: e.query for e in asked},
-        qrels={e.id: {p.docid: 1 for p in e.positives} for e in asked},
+        queries={f"q:{e.id}": e.query for e in asked},
+        qrels={f"q:{e.id}": {p.docid: 1 for p in e.positives} for e in asked},
     )
 
 

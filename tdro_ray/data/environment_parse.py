@@ -65,7 +65,7 @@ def _module_records(source: Source) -> Iterator[Record]:
     names = [n.name for n in source.tree.body if isinstance(n, (ast.ClassDef, *FUNCTIONS)) and n.name[0] != "_"]
     licence = re.search(r"copyright|licen[sc]e|all rights", query, re.IGNORECASE)
     if enough_words(query, 4) and len(names) >= 3 and not licence:
-        yield source.record("py_module_names", "", query, clip(", ".join(dict.fromkeys(names)), PASSAGE_CHARS))
+        yield source.record("py_module_names", "names", query, clip(", ".join(dict.fromkeys(names)), PASSAGE_CHARS))
 
 
 def _function_records(source: Source, node: FunctionNode, scope: Scope) -> Iterator[Record]:

@@ -85,13 +85,13 @@ def _fresh(passages: Iterable[int], taken: set[int], class_P: np.ndarray) -> lis
 
 
 def _random_passages(count: int, taken: set[int], class_P: np.ndarray, rng: Random) -> list[int]:
-    """Up to `count` passages of the task: by trial where they are plenty, by listing where the task is small."""
-    if count <= 0:
-        return []
-    if len(class_P) > 8 * (count + len(taken)):
-        filled: list[int] = []
-        while len(filled) < count:
-            filled += _fresh([rng.randrange(len(class_P))], taken, class_P)
-        return filled
-    left = _fresh(range(len(class_P)), taken, class_P)
-    return rng.sample(left, min(count, len(left)))
+    """Up to `count` passages of the task: by trial where that soon succeeds, by listing in a small task."""
+    filled: list[int] = []
+    for _ in range(8 * count):
+        if len(filled) == count:
+            break
+        filled += _fresh([rng.randrange(len(class_P))], taken, class_P)
+    if len(filled) < count:
+        left = _fresh(range(len(class_P)), taken, class_P)
+        filled += rng.sample(left, min(count - len(filled), len(left)))
+    return filled

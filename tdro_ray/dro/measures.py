@@ -47,29 +47,33 @@ def ratio(
     *,
     floor: float = 1e-8,
     smooth: float = 0.0,
+    smooth_both: bool = False,
     over: Literal["means", "rows"] = "means",
     row_clip: float | None = None,
 ) -> Tensor:
     """Return the relative loss of the proxy (G,), the measure of the tDRO paper.
 
-        over="means":  M_g = mean_i L_proxy,i / max(mean_i L_ref,i + s, floor)                 (the paper)
+        over="means":  M_g = mean_i L_proxy,i / max(mean_i L_ref,i + s, floor)                 (the paper, s = 0)
         over="rows":   M_g = mean_i min(row_clip, L_proxy,i / max(L_ref,i + s, floor))
+        smooth_both:   L_proxy + s above as well
 
     `floor` (nats) only guards the division. `smooth` is s in units of the batch's mean reference loss, so that one
-    setting fits any temperature: s = smooth * mean_N L_ref. With s = 0 a task that both models have solved has the
-    ratio of two numbers near zero, as large as any other; with s > 0 its signal falls to 0 with L_proxy, while a task
-    whose loss is well above s keeps its ratio. A mean of row ratios is ruled by the rows with the smallest
-    denominator; `row_clip` bounds what one row can add.
+    setting fits any temperature: s = smooth * mean_N L_ref. With s = 0 the ratio is largest where the reference loss
+    is nearest to 0, solved tasks first. With s in the denominator only, a task's signal falls to 0 as it is solved,
+    but once proxy and reference agree it is L / (L + s), which grows with the loss: noise wins in the end, as under
+    `plain`. With s on both sides, agreement is 1 whatever the loss. A mean of row ratios is ruled by the rows with
+    the smallest denominator; `row_clip` bounds what one row can add.
     """
     if row_clip is not None and over != "rows":
         raise ConfigError(
             "Option row_clip of measure 'ratio' has an effect only with over='rows'. Set that, or leave row_clip out."
         )
     s = smooth * reference_loss_N.double().mean()
+    proxy_N = proxy_loss_N.double() + (s if smooth_both else 0.0)
     if over == "means":
         reference_G = task_means(reference_loss_N, task_N, num_tasks)
-        return task_means(proxy_loss_N, task_N, num_tasks) / (reference_G + s).clamp(min=floor)
-    ratio_N = proxy_loss_N.double() / (reference_loss_N.double() + s).clamp(min=floor)
+        return task_means(proxy_N, task_N, num_tasks) / (reference_G + s).clamp(min=floor)
+    ratio_N = proxy_N / (reference_loss_N.double() + s).clamp(min=floor)
     return task_means(ratio_N.clamp(max=row_clip) if row_clip is not None else ratio_N, task_N, num_tasks)
 
 
@@ -124,25 +128,31 @@ def excess(
     task_N: Tensor,
     num_tasks: int,
     *,
-    clip_at: Literal["row", "task"] = "row",
+    clip_at: Literal["row", "task", "none"] = "row",
     normalise: bool = False,
-    smooth: float = 0.1,
+    smooth: float = 1.0,
 ) -> Tensor:
     """Return how much worse the proxy is than the reference (G,), in nats; the measure of DoReMi.
 
-        clip_at="row":   E_g = mean_i max(0, L_proxy,i - L_ref,i)        (DoReMi, eq. in Algorithm 1; released tDRO code)
+        clip_at="row":   E_g = mean_i max(0, L_proxy,i - L_ref,i)        (DoReMi, Algorithm 1; released tDRO code)
         clip_at="task":  E_g = max(0, mean_i L_proxy,i - mean_i L_ref,i)
+        clip_at="none":  E_g = mean_i L_proxy,i - mean_i L_ref,i         (negative where the proxy is ahead)
         normalise:       M_g = E_g / (mean_i L_ref,i + s),  s = smooth * mean_N L_ref
 
     Clipping row by row turns disagreement into signal: on a task that nobody can learn, two models differ by chance
-    on every row, and the positive half of those differences does not average out. Clipping the task's mean does
-    average them out. `normalise` makes tasks of different loss scale comparable, which the plain difference is not;
-    `smooth` (used only then) keeps solved tasks from dominating.
+    on every row, and the positive half of those differences does not average out. Clipping the task's mean leaves
+    that bias only for tasks with few rows in a batch; without a clip it is gone.
+
+    `normalise` makes a nat count more where the reference has little loss left, which takes weight from tasks that
+    are noisy or far from learned; `smooth` bounds that, and s -> infinity is the plain difference up to scale. With
+    clip_at="none" it is (L_proxy + s) / (L_ref + s) - 1, the ratio smoothed on both sides without its constant 1,
+    which is noise to the update: clipping a signal to 2-norm 1 shrinks what differs together with what is common.
     """
     if clip_at == "row":
         excess_G = task_means((proxy_loss_N.double() - reference_loss_N.double()).clamp(min=0), task_N, num_tasks)
     else:
-        excess_G = task_means(proxy_loss_N.double() - reference_loss_N.double(), task_N, num_tasks).clamp(min=0)
+        excess_G = task_means(proxy_loss_N.double() - reference_loss_N.double(), task_N, num_tasks)
+        excess_G = excess_G.clamp(min=0) if clip_at == "task" else excess_G
     if not normalise:
         return excess_G
     s = smooth * reference_loss_N.double().mean()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def search(
     return run
 
 
-def summarise(per_task: Mapping[str, Mapping[str, float]]) -> dict[str, dict]:
+def summarise(per_task: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
     """Return `{"tasks": {name: {measure: x}}, "mean": {measure: x}, "worst": {measure: x}}`, what `eval/<model>.json` holds.
 
     The mean gives every task the same weight; the worst is the lowest task, measure by measure.

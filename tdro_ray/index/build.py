@@ -9,6 +9,7 @@ current version as it was.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,13 +28,6 @@ RANGE_ROWS = 1024  # documents embedded per Ray Data row
 Progress = Callable[[str, int, int], None]  # phase ("embed", "index"), documents done, documents in all
 
 
-def load_encoder(folder: str, device: str) -> Any:
-    """Return the encoder of a model folder on `device`."""
-    from tdro_ray.model.encoder import Encoder
-
-    return Encoder.load(folder, device)
-
-
 def build_index(
     documents: Iterable[store.Document],
     model_folder: str | Path,
@@ -47,12 +41,11 @@ def build_index(
     *,
     target_recall: float = 0.98,
     min_recall: float = 0.0,
-    load: Callable[[str, str], Any] = load_encoder,
 ) -> dict[str, Any]:
     """Build a version from ``(id, title, text, metadata)`` documents, make it current, return its manifest.
 
     `factory` is a FAISS factory string or "auto" (chosen by size). The search is widened until `target_recall`;
-    below `min_recall` the build fails. `load` makes the encoder in each actor from (model folder, device).
+    below `min_recall` the build fails.
     Raises DataError (documents, recall), ConfigError (factory), CheckpointError (model), ResourceError (another
     build into the folder runs).
     """
@@ -60,8 +53,10 @@ def build_index(
     model = {"name": model_folder.name, "hash": versions.model_hash(model_folder)}
     with versions.new_version(Path(out_folder).resolve()) as (name, folder):
         count, fields = store.write_documents(folder / "documents.lance", documents)
-        embed = _embed(folder, model_folder, count, batch_tokens, num_actors, cpus_per_actor, use_gpu, load)
-        vectors = _gather(embed, folder / "vectors.npy", count, progress)
+        factory = faiss_index.preset(count) if factory == "auto" else factory
+        embed = _embed(folder, model_folder, count, batch_tokens, num_actors, cpus_per_actor, use_gpu)
+        with contextlib.closing(embed):  # an error stops the actors too
+            vectors = _gather(embed, folder / "vectors.npy", count, factory, progress)
         store.add_vectors(folder / "documents.lance", vectors, fields)
         index, facts = faiss_index.build(
             store.DocumentStore(folder / "documents.lance").vector_blocks,
@@ -69,13 +64,9 @@ def build_index(
             vectors.shape[1],
             factory,
             target_recall=target_recall,
+            min_recall=min_recall,
             progress=(lambda done, total: progress("index", done, total)) if progress else None,
         )
-        if facts["recall@10"] < min_recall:
-            raise DataError(
-                f"The index reaches recall@10 {facts['recall@10']:.3f}, below the floor {min_recall:.3f}: {facts['factory']!r} "
-                "is too coarse for these vectors. Choose a finer factory (HNSW32, SQ8, Flat) or lower the floor."
-            )
         faiss_index.save(index, folder / "index.faiss")
         (folder / "vectors.npy").unlink()
         record = _manifest(name, model, count, vectors.shape[1], fields, facts, folder)
@@ -103,13 +94,13 @@ def _manifest(
 class _Embedder:
     """A Ray Data actor: row ranges in, (row, vector) out."""
 
-    def __init__(
-        self, documents: str, model_folder: str, device: str, batch_tokens: int, load: Callable[[str, str], Any]
-    ) -> None:
+    def __init__(self, documents: str, model_folder: str, device: str, batch_tokens: int) -> None:
         import lance
 
+        from tdro_ray.model.encoder import Encoder
+
         self.documents = lance.dataset(documents)
-        self.encoder, self.batch_tokens = load(model_folder, device), batch_tokens
+        self.encoder, self.batch_tokens = Encoder.load(model_folder, device), batch_tokens
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for start, stop in zip(batch["start"].to_pylist(), batch["stop"].to_pylist(), strict=True):
@@ -138,7 +129,6 @@ def _embed(
     num_actors: int,
     cpus_per_actor: float,
     use_gpu: bool,
-    load: Callable[[str, str], Any],
 ) -> Iterator[pa.Table]:
     """Yield tables of row numbers and vectors, in any order."""
     import ray
@@ -151,7 +141,6 @@ def _embed(
             "model_folder": str(model_folder),
             "device": "cuda" if use_gpu else "cpu",
             "batch_tokens": batch_tokens,
-            "load": load,
         },
         batch_format="pyarrow",
         batch_size=1,
@@ -168,7 +157,7 @@ def _embed(
         raise CheckpointError(f"The documents could not be embedded with the model {model_folder}: {cause}") from err
 
 
-def _gather(tables: Iterator[pa.Table], path: Path, count: int, progress: Progress | None) -> np.ndarray:
+def _gather(tables: Iterator[pa.Table], path: Path, count: int, factory: str, progress: Progress | None) -> np.ndarray:
     """Return all vectors in row order as a memory map at `path`. Raises DataError for a vector that is not of unit length."""
     vectors: np.ndarray | None = None
     done = 0
@@ -181,6 +170,7 @@ def _gather(tables: Iterator[pa.Table], path: Path, count: int, progress: Progre
                 f"The model gave document {rows[bad]} a vector of length {lengths[bad]}; it must be 1. Check the model."
             )
         if vectors is None:
+            faiss_index.make(block.shape[1], factory, count)  # a bad factory fails now, not after hours of embedding
             vectors = np.lib.format.open_memmap(path, "w+", np.float32, (count, block.shape[1]))
         vectors[rows] = block
         done += len(rows)

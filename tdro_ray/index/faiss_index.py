@@ -36,8 +36,11 @@ def preset(count: int) -> str:
     return f"IVF{int(4 * count**0.5)}_HNSW32,SQ8"
 
 
-def make(dim: int, factory: str) -> Any:
-    """Return an empty index. Raises ConfigError for a factory string that FAISS cannot make with inner product."""
+def make(dim: int, factory: str, count: int) -> Any:
+    """Return an empty index for `count` vectors; costs nothing, so it can be tried before the vectors exist.
+
+    Raises ConfigError for a factory string that FAISS cannot make with inner product, or for more cells than vectors.
+    """
     import faiss
 
     try:
@@ -48,6 +51,12 @@ def make(dim: int, factory: str) -> Any:
             f"index.factory {factory!r} is not a FAISS index with inner product over {dim} dimensions ({reason}). "
             "Valid are for example Flat, SQ8, HNSW32, IVF1024,Flat, IVF1024,PQ48 and auto."
         ) from err
+    cells = _find(index, faiss.IndexIVF)
+    if cells is not None and cells.nlist > count:
+        raise ConfigError(
+            f"index.factory {factory!r} wants {cells.nlist} cells, but there are only {count} documents. "
+            "Choose fewer cells (about 4 times the square root of the documents), or Flat, which needs none."
+        )
     graph = _find(index, faiss.IndexHNSW)
     if graph is not None:
         graph.hnsw.efConstruction = EF_CONSTRUCTION
@@ -64,6 +73,7 @@ def build(
     factory: str,
     *,
     target_recall: float = 0.98,
+    min_recall: float = 0.0,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
@@ -71,10 +81,10 @@ def build(
 
     The first pass takes a sample to train with and to make queries from, the second adds the vectors and searches
     the queries exactly beside it. The search is then widened until `target_recall` (or what the kind can reach).
-    Raises ConfigError for a factory string that FAISS refuses or that wants more vectors than there are.
+    Raises ConfigError for a factory string that FAISS refuses or that wants more vectors than there are, DataError
+    where the recall stays below `min_recall`.
     """
-    factory = preset(count) if factory == "auto" else factory
-    index = make(dim, factory)
+    index = make(dim, factory, count)
     train, queries = _sample(blocks, count, seed, MAX_TRAIN_ROWS if not index.is_trained else 0)
     if not index.is_trained:
         try:
@@ -96,6 +106,11 @@ def build(
     if done != count:
         raise DataError(f"{count} vectors were expected, {done} came; the documents changed while they were embedded.")
     recall, width = _widen(index, queries, truth, target_recall)
+    if recall < min_recall:
+        raise DataError(
+            f"The index reaches recall@{RECALL_AT} {recall:.3f}, below the floor {min_recall:.3f}: {factory!r} is too coarse for "
+            "these vectors. Choose a finer factory (HNSW32, SQ8, Flat) or lower the floor."
+        )
     return index, {"factory": factory, "recall@10": round(recall, 4), "search": width}
 
 

@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tdro_ray.errors import CheckpointError, DataError, ResourceError
+from tdro_ray.errors import CheckpointError, ConfigError, DataError, ResourceError
 
+MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "tdro.json", "tokenizer.json")
 KEEP = 2  # complete versions left on disk, the current one included
 
 
@@ -95,18 +96,31 @@ def new_version(out_folder: str | Path) -> Iterator[tuple[str, Path]]:
 
 
 def model_hash(folder: str | Path) -> str:
-    """SHA-256 over the names and contents of a model folder's files: equal hashes make comparable vectors."""
+    """SHA-256 over what an encoder reads from a model folder: equal hashes make comparable vectors.
+
+    Other files (a model card, results) may come and go. Raises CheckpointError for a folder without weights.
+    """
     folder = Path(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-    if not files:
-        raise CheckpointError(f"{folder} is not a model folder: it does not exist or holds no file.")
+    files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+    if not any(path.suffix in (".safetensors", ".bin") for path in files):
+        raise CheckpointError(f"{folder} is not a model folder: it holds no weights (*.safetensors).")
     digest = hashlib.sha256()
     for path in files:
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_same_model(manifest: dict[str, Any], name: str, model_hash: str) -> None:
+    """Raise ConfigError when an index was built with another model: its vectors and the model's do not compare."""
+    built = manifest.get("model", {})
+    if model_hash and built.get("hash") and built["hash"] != model_hash:
+        raise ConfigError(
+            f"Index version {manifest.get('version')} was built with model {built.get('name')!r} (hash {built['hash'][:12]}); the "
+            f"served model {name!r} is another (hash {model_hash[:12]}). Serve that model, or build the index again."
+        )
 
 
 def write_manifest(version_folder: Path, record: dict[str, Any]) -> None:

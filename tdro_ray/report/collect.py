@@ -2,7 +2,7 @@
 
     config.json                       the resolved recipe
     versions.json, serve.json         packages; sample searches
-    stages/<stage>/manifest.json      {"stage", "key", "seconds", "finished", "summary", "outputs"}
+    stages/<stage>/manifest.json      {"stage", "key", "seconds", "finished", "line", "summary", "outputs"}
     stages/<stage>/metrics.jsonl      one JSON object per logged step, for the stages that train
     weights/<name>.json               weight files
     weights/trajectory.parquet        weights over stage 1
@@ -83,7 +83,8 @@ class RunFacts:
 
     def score(self, model: str, task: str, measure: str | None = None) -> float | None:
         """A model's score on a task ("mean" and "worst" of the eval file are read by the caller)."""
-        return self.evals[model]["tasks"].get(task, {}).get(measure or self.measure)
+        value = self.evals[model]["tasks"].get(task, {}).get(measure or self.measure)
+        return None if value is None else float(value)
 
 
 def collect(run_folder: Path) -> RunFacts:

@@ -5,7 +5,6 @@ Pure: from the facts of a run to values; knows nothing of HTML or plots.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +102,7 @@ def warnings(facts: RunFacts, found: Comparisons) -> list[str]:
         *_weight_warnings(facts),
         *_result_warnings(facts, found),
         *_data_warnings(facts),
+        *_stage_warnings(facts),
         *(f"{problem}." for problem in [*facts.problems, *found.problems]),
     ]
 
@@ -147,7 +147,18 @@ def rows_kept(facts: RunFacts, weights: dict[str, float]) -> float | None:
 def worst_task(facts: RunFacts, model: str) -> str:
     """Name of the task on which the model scores lowest."""
     scores = {task: facts.score(model, task) for task in facts.evals[model]["tasks"]}
-    return min(scores, key=lambda task: math.inf if scores[task] is None else scores[task], default="")
+    known = {task: score for task, score in scores.items() if score is not None}
+    return min(known, key=lambda task: known[task], default="")
+
+
+def _stage_warnings(facts: RunFacts) -> list[str]:
+    """What the stages themselves warned of, as `summary["warnings"]` of their manifests."""
+    found = []
+    for stage, manifest in facts.stages.items():
+        summary = manifest.get("summary")
+        texts = summary.get("warnings") if isinstance(summary, dict) else None
+        found += [f"Stage {stage}: {text}." for text in texts or []]
+    return found
 
 
 def total_rejects(info: Mapping[str, Any]) -> int:

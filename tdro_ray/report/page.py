@@ -13,6 +13,7 @@ from typing import Any
 
 from tdro_ray.report import sections
 from tdro_ray.report.collect import BASELINE, STAGES, RunFacts, collect
+from tdro_ray.report.collect import summary_table as summary_table  # the page's table for a terminal
 from tdro_ray.report.findings import (
     Comparisons,
     best_model,
@@ -65,7 +66,7 @@ def render(facts: RunFacts) -> str:
 
 def _head(facts: RunFacts, found: Comparisons, links: str) -> str:
     finished = max((str(s.get("finished") or "") for s in facts.stages.values()), default="")
-    when = f", {finished[:16].replace('T', ' ')}" if finished else ""
+    when = f", {finished[:16].replace('T', ' ')} UTC" if finished else ""
     tone, text = verdict(facts, found)
     wary = "".join(f"<li>{esc(line)}</li>" for line in warnings(facts, found))
     return (
@@ -136,30 +137,33 @@ def _stages(facts: RunFacts) -> str:
         finished = str(manifest.get("finished") or "–")[:19].replace("T", " ")
         key = f"<code>{esc(str(manifest.get('key') or '–')[:12])}</code>"
         rows.append(
-            ([esc(stage), duration(seconds), bar, esc(finished), key, esc(_facts_text(manifest.get("summary")))], "")
+            (
+                [
+                    esc(stage),
+                    duration(seconds),
+                    bar,
+                    esc(finished),
+                    key,
+                    esc(manifest.get("line") or _facts_text(manifest.get("summary"))),
+                ],
+                "",
+            )
         )
     ran = {stage.partition("-")[0] for stage in facts.stages}
     rows += [([esc(s), "", "", '<span class="missing">not run yet</span>', "", ""], "") for s in STAGES if s not in ran]
-    return table(["Stage", "Time", "", "Finished", "Key", "What came of it"], rows, text_columns=(2, 5))
+    return table(["Stage", "Time", "", "Finished, UTC", "Key", "What came of it"], rows, text_columns=(2, 5))
 
 
-def _facts_text(summary: Any, most: int = 6) -> str:
-    """The plain facts of a stage's summary on one line; what is nested is counted."""
+def _facts_text(summary: Any) -> str:
+    """The plain facts of a stage's summary on one line, for a manifest that has no line of its own."""
     if not isinstance(summary, dict):
         return ""
-    texts = []
-    for key, value in summary.items():
-        shown = (
-            f"{len(value)}"
-            if isinstance(value, (dict, list))
-            else f"{value:,.4g}"
-            if isinstance(value, float)
-            else f"{value:,}"
-            if isinstance(value, int)
-            else str(value)
-        )
-        texts.append(f"{key.replace('_', ' ')} {shown}")
-    return " · ".join(texts[:most])
+    plain = {key: value for key, value in summary.items() if isinstance(value, (str, int, float))}
+    texts = [
+        f"{key.replace('_', ' ')} {v if isinstance(v, str) else f'{v:,.4g}' if isinstance(v, float) else f'{v:,}'}"
+        for key, v in plain.items()
+    ]
+    return " · ".join(texts)
 
 
 def _searches(facts: RunFacts) -> str:

@@ -12,6 +12,8 @@ from tdro_ray.config import load_recipe, recipe_names
 from tdro_ray.errors import ConfigError
 from tdro_ray.report.collect import RunFacts
 
+MOST_OPTIONS = 8  # changed settings above which a copied recipe reads better than a command
+
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return `{"a.b": value}` of nested settings; empty mappings stay as values."""
@@ -40,26 +42,21 @@ def commands(facts: RunFacts) -> list[tuple[str, str]]:
     if not facts.config:
         return []
     changed = changed_settings(facts)
-    saved = f"{facts.name}-again.yaml"
-    again = [
-        ("the exact settings of this run, as a recipe of your own (JSON is YAML)", f"cp {shlex.quote(str(facts.folder / 'config.json'))} {shlex.quote(saved)}"),
-        ("run it", f"tdro run {shlex.quote(saved)}"),
-    ]  # fmt: skip
-    if changed is not None:
+    if changed is not None and len(changed) <= MOST_OPTIONS:
         options = "".join(f" --set {shlex.quote(f'{key}={_value(value)}')}" for key, value in changed.items())
-        again = [
-            (
-                "run it again; stages that are up to date are not repeated",
-                f"tdro run {shlex.quote(facts.name)}{options}",
-            )
-        ]
-        saved = facts.name + options
+        recipe = shlex.quote(facts.name)
+        again = [("run it again; stages that are up to date are not repeated", f"tdro run {recipe}{options}")]
     else:
-        saved = shlex.quote(saved)
+        recipe, options = shlex.quote(f"{facts.name}-again.yaml"), ""
+        source = shlex.quote(str(facts.folder / "config.json"))
+        again = [
+            ("the exact settings of this run as a recipe of your own (JSON is YAML)", f"cp {source} {recipe}"),
+            ("run it again; stages that are up to date are not repeated", f"tdro run {recipe}"),
+        ]
     return [
         *again,
-        ("this page from the run folder", f"tdro report {saved}"),
-        ("serve the index over HTTP", f"tdro serve {saved}"),
+        ("write this page again", f"tdro report {recipe}"),
+        ("serve the index over HTTP", f"tdro serve {recipe}{options}"),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -115,14 +116,15 @@ _PROXY = {
 
 
 def _curve(steps: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]] | None:
-    """(steps, values) of a logged quantity; one logged per task is averaged over tasks."""
+    """(steps, values) of a logged quantity; one logged per task is averaged over the tasks that the batch held."""
     found = []
     for step in steps:
         value = step.get(key)
-        if isinstance(value, dict):
-            numbers = [v for v in value.values() if isinstance(v, (int, float))]
-            value = sum(numbers) / len(numbers) if numbers else None
-        if isinstance(value, (int, float)) and value == value:
+        if isinstance(value, (list, dict)):
+            per_task = value.values() if isinstance(value, dict) else value
+            held = [v for v in per_task if isinstance(v, (int, float)) and v != 0]  # 0: no row in the batch
+            value = sum(held) / len(held) if held else None
+        if isinstance(value, (int, float)) and math.isfinite(value):
             found.append((float(step["step"]), float(value)))
     return ([at for at, _ in found], [value for _, value in found]) if len(found) > 1 else None
 

@@ -49,7 +49,7 @@ def make_run(
     write_weight_files(folder, tasks, learned, sizes, alpha, steps)
     write_stages(folder, tasks, sizes, untested, queries)
     write_results(folder, rng, [t for t in tasks if t != untested], gain, queries)
-    write_json(folder / "serve.json", searches())
+    write_json(folder / "serve.json", {"url": "http://127.0.0.1:8000", "queries": searches()})
     return folder
 
 
@@ -100,7 +100,11 @@ def write_stages(folder: Path, tasks: list[str], sizes: dict[str, int], untested
         summary = (
             {"tasks": ingested}
             if stage == "ingest"
-            else {"rows": sum(sizes.values()), "rows_per_s": 812.4, "device": "cpu"}
+            else {
+                "rows": sum(sizes.values()),
+                "rows_per_s": 812.4,
+                "warnings": [f"weight of {tasks[-1]} rounds to no step"] * (stage == "finetune-top70"),
+            }
         )
         manifest = {
             "stage": stage,
@@ -126,7 +130,15 @@ def write_stages(folder: Path, tasks: list[str], sizes: dict[str, int], untested
                 "peak_memory_mb": 1290,
             }
             lines.append(
-                json.dumps({**record, "proxy_loss": {t: loss + 0.2 for t in tasks}} if stage == "optimize" else record)
+                json.dumps(
+                    {
+                        **record,
+                        "proxy_loss": [0.0, *(loss + 0.2 for _ in tasks[1:])],
+                        "reference_loss": [1.1] * len(tasks),
+                    }
+                    if stage == "optimize"
+                    else record
+                )
             )
         (folder / "stages" / stage / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -134,9 +146,13 @@ def write_stages(folder: Path, tasks: list[str], sizes: dict[str, int], untested
 def write_results(folder: Path, rng: np.random.Generator, tasks: list[str], gain: float, queries: int) -> None:
     base = {task: rng.beta(1.2, 1.2, queries) * rng.uniform(0.35, 0.95) for task in tasks}
     for model, lift in {"uniform": 0.0, "current": gain, "top70": gain / 3}.items():
+        # the noise fades towards 0 and 1, so that nothing is cut off there and the mean stays where it is
         scores = {
             t: np.clip(
-                b + (rng.normal(lift, abs(lift) / 2) + rng.normal(0, 0.12, queries)) * (model != "uniform"), 0, 1
+                b
+                + (rng.normal(lift, abs(lift) / 2) + rng.normal(0, 0.5, queries) * b * (1 - b)) * (model != "uniform"),
+                0,
+                1,
             )
             for t, b in base.items()
         }

@@ -46,7 +46,6 @@ def test_shared_positives() -> None:
 @given(st.integers(1, 40), st.data())
 def test_chosen_negatives_are_distinct_and_never_forbidden(num_passages: int, data: st.DataObject) -> None:
     class_P = np.asarray([data.draw(st.integers(0, p)) for p in range(num_passages)])
-    class_P = class_P[class_P]  # classes of classes until stable is not needed: any labelling will do
     number = st.integers(0, num_passages - 1)
     forbidden = {int(class_P[p]) for p in data.draw(st.lists(number, min_size=1, max_size=3))}
     given_, found = data.draw(st.lists(number, max_size=10)), data.draw(st.lists(number, unique=True, max_size=20))

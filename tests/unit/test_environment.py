@@ -137,7 +137,7 @@ def test_synthetic_tree_keeps_every_promise(tasks):
 def test_packages_stay_on_one_side(tasks):
     for task in tasks:
         if task.test and task.name != "py_readme_section":
-            groups = {".".join(i.split(":")[0].split(".")[:2]) for i in task.test.queries}
+            groups = {".".join(i.removeprefix("q:").split(":")[0].split(".")[:2]) for i in task.test.queries}
             assert all(held_out(g) for g in groups)
             assert not any(held_out(".".join(r.id.split(":")[0].split(".")[:2])) for r in task.rows)
 

@@ -123,7 +123,9 @@ def test_bad_records_are_rejected_one_by_one(tmp_path: Path) -> None:
 
 def test_line_numbers_do_not_depend_on_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_bytes(b"\n".join(b"{" if n % 7 == 3 else json.dumps([f"q{n}", "p" * (n + 1)]).encode() for n in range(200)))
+    path.write_bytes(
+        b"\n".join(b"{" if n % 7 == 3 else json.dumps([f"q{n}", "p" * (n + 1)]).encode() for n in range(200))
+    )
     whole = list(read(path))
     monkeypatch.setattr(formats, "CHUNK_BYTES", 50)
     assert list(read(path)) == whole

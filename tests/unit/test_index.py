@@ -133,6 +133,11 @@ def test_bad_factory_is_a_config_error_that_names_it(factory: str, vectors: np.n
         faiss_index.build(lambda: iter([vectors]), len(vectors), DIM, factory)
 
 
+def test_recall_below_the_floor_fails(vectors: np.ndarray) -> None:
+    with pytest.raises(DataError, match=r"below the floor 0\.900"):
+        faiss_index.build(lambda: iter([vectors]), len(vectors), DIM, "PQ1x4", min_recall=0.9)
+
+
 def test_preset_follows_the_size() -> None:
     assert faiss_index.preset(1000) == "Flat"
     assert faiss_index.preset(1_000_000) == "HNSW32"
@@ -415,12 +420,14 @@ def test_missing_or_damaged_index_says_what_to_do(tmp_path: Path) -> None:
         RetrievalIndex.open(tmp_path)
 
 
-def test_model_hash_follows_names_and_contents(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "w").write_bytes(b"1")
-    first = versions.model_hash(tmp_path / "a")
-    assert first == versions.model_hash(tmp_path / "a")
-    (tmp_path / "a" / "w").write_bytes(b"2")
-    assert first != versions.model_hash(tmp_path / "a")
-    with pytest.raises(CheckpointError, match="not a model folder"):
+def test_model_hash_follows_what_the_encoder_reads(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    first = versions.model_hash(tmp_path)
+    (tmp_path / "README.md").write_text("a model card")
+    assert first == versions.model_hash(tmp_path)
+    (tmp_path / "tdro.json").write_text("{}")
+    second = versions.model_hash(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"2")
+    assert len({first, second, versions.model_hash(tmp_path)}) == 3
+    with pytest.raises(CheckpointError, match="holds no weights"):
         versions.model_hash(tmp_path / "none")

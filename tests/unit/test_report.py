@@ -7,9 +7,12 @@ import re
 import shlex
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -21,10 +24,10 @@ from tdro_ray import config
 from tdro_ray.dro.weights import effective_tasks as their_effective_tasks
 from tdro_ray.dro.weights import weight_shift as their_weight_shift
 from tdro_ray.errors import DataError
-from tdro_ray.report import drawing, page
-from tdro_ray.report.collect import collect, summary_table
+from tdro_ray.report import drawing, findings, page, plots
+from tdro_ray.report.collect import collect
 from tdro_ray.report.findings import compare_models, effective_tasks, verdict, warnings, weight_shift
-from tdro_ray.report.page import write_report
+from tdro_ray.report.page import summary_table, write_report
 from tdro_ray.report.repeat import changed_settings, commands
 
 VOID = {"meta", "link", "br", "wbr"}
@@ -84,6 +87,20 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "quickstart", untested="language_reference")
 
 
+@pytest.fixture
+def light_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are painted but not written out, which is most of a page's time."""
+    from matplotlib.figure import Figure
+
+    def paint_only(name: str, description: str, width: int, height: int, paint: Callable[[Any], None]) -> str:
+        with matplotlib.rc_context(drawing.STYLE):
+            paint(Figure().add_subplot())
+        return "<svg></svg>"
+
+    monkeypatch.setattr(plots, "draw", paint_only)
+    monkeypatch.setattr(findings, "RESAMPLES", 200)
+
+
 def test_a_whole_run_has_every_part(run_folder: Path) -> None:
     path = write_report(run_folder)
     text = path.read_text(encoding="utf-8")
@@ -106,8 +123,8 @@ def test_a_whole_run_has_every_part(run_folder: Path) -> None:
 
 
 def test_the_same_run_gives_the_same_bytes(run_folder: Path) -> None:
-    facts = collect(run_folder)
-    assert page.render(facts) == page.render(facts)
+    write_report(run_folder)
+    assert page.render(collect(run_folder)) == (run_folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_texts_from_outside_are_escaped(tmp_path: Path) -> None:
@@ -137,6 +154,7 @@ PARTS = ["config.json", "versions.json", "serve.json", "stages", "weights", "eva
          "weights/trajectory.parquet", "weights/current.json", "eval/uniform.json", "eval/uniform.per_query.json", "eval/current.per_query.json"]  # fmt: skip
 
 
+@pytest.mark.usefixtures("light_plots")
 @pytest.mark.parametrize("part", PARTS)
 def test_any_missing_part_is_tolerated(run_folder: Path, tmp_path: Path, part: str) -> None:
     folder = shutil.copytree(run_folder, tmp_path / "run")
@@ -146,6 +164,7 @@ def test_any_missing_part_is_tolerated(run_folder: Path, tmp_path: Path, part: s
     assert summary_table(folder)[0][:3] == ["task", "rows", "weight"]
 
 
+@pytest.mark.usefixtures("light_plots")
 @pytest.mark.parametrize(
     "part",
     [

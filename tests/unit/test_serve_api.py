@@ -455,11 +455,12 @@ def test_overload_is_refused_at_once_and_the_rest_is_answered() -> None:
                 gate.set()
             return response.status_code
 
-        async with app.router.lifespan_context(app):
-            async with httpx.AsyncClient(
-                transport=httpx.ASGITransport(app), base_url="http://test", timeout=30
-            ) as client:
-                return await asyncio.gather(*(one(client) for _ in range(20)))
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client,
+        ):
+            return await asyncio.gather(*(one(client) for _ in range(20)))
 
     statuses = asyncio.run(run())
     assert set(statuses) == {200, 429} and statuses.count(200) <= 4
@@ -520,6 +521,10 @@ def test_new_index_version_is_taken_up_under_load_without_a_failed_request(tmp_p
 def test_index_of_another_model_is_refused(index_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"built with model 'fake'.*is another"):
         Engine(FakeEncoder(), RetrievalIndex.open(index_folder), model_hash="different")
+    wide = FakeEncoder()
+    wide.dim = 65
+    with pytest.raises(ConfigError, match="64 dimensions"):
+        Engine(wide, RetrievalIndex.open(index_folder))
 
 
 # ---------------------------------------------------------------- batcher
