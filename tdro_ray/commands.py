@@ -112,7 +112,6 @@ def _export(run: Run, arguments: argparse.Namespace) -> None:
 
 def _serve(run: Run, arguments: argparse.Namespace) -> None:
     from serve import deployment
-
     from tdro_ray import stages
 
     settings = run.recipe.serve
@@ -147,6 +146,7 @@ def _sample_searches(run: Run) -> None:
 
     def work(progress: Progress) -> tuple[str, dict[str, Any]]:
         import httpx
+
         from serve import deployment
 
         progress.update("starting the service")

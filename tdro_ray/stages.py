@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -266,7 +266,7 @@ def optimize(run: Run) -> dict[str, Any]:
     scores_key, scores = scores_folder(run, settings)
     key = key_of("optimize", settings.model_dump(mode="json"), scores_key, model_key(run), run.recipe.seed)
     names = [*_learned_names(settings)]
-    outputs = tuple(run.folder / "weights" / f"{n}.json" for n in names) + (run.folder / "weights" / "trajectory.parquet",)
+    outputs = (*tuple(run.folder / "weights" / f"{n}.json" for n in names), run.folder / "weights" / "trajectory.parquet")
 
     def work(progress: Progress) -> tuple[str, dict[str, Any]]:
         batches = batch_recipe(run, settings, None, "stratified", scores)

@@ -7,7 +7,6 @@ put on Ray.
 from __future__ import annotations
 
 import json
-import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -17,12 +16,12 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.util.debug import log_once
 
 from tdro_ray.config import Recipe
 from tdro_ray.data.collection import TaskManifest, read_beir
 from tdro_ray.data.formats import CHUNK_ROWS, UNREADABLE, Chunk, Reject, parse_chunk, read_chunks
 from tdro_ray.data.publish import read_manifest, store_lock
+from tdro_ray.data.ray_data import quiet
 from tdro_ray.data.sources import TaskSource, discover
 from tdro_ray.data.writer import TaskWriter, WriteSettings, parsed_table
 from tdro_ray.errors import DataError, nearest
@@ -149,24 +148,9 @@ def _up_to_date(store: Path, name: str, key: str) -> TaskManifest | None:
 # On Ray
 
 
-def quiet_data_context() -> Any:
-    """Ray Data's context for the calling process: rows stay in order; neither progress bars nor start messages.
-
-    Warnings stay; every message is in the session's `ray-data.log`.
-    """
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    log_once("ray_data_progress_manager_disabled")  # the reminder that progress bars are off counts as given
-    for handler in logging.getLogger("ray.data").handlers:
-        if handler.name == "console":
-            handler.setLevel(logging.WARNING)
-    return context
-
-
 def _parse_on_ray(task: TaskSource, cpus: float) -> Iterator[pa.Table]:
     """Parsed tables of a task in source order: one read task per file streams chunks, parse tasks work on them."""
-    quiet_data_context().target_max_block_size = 1 << 20  # a chunk is a block: parsing starts before a file is read
+    quiet().target_max_block_size = 1 << 20  # a chunk is a block: parsing starts before a file is read
     items = [{"path": str(path), "format": name} for path, name in task.files]
     chunks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(_read, batch_size=1, num_cpus=cpus)
     # Parsing takes what reading leaves of a core. Unequal shares also keep Ray from fusing the two into one task per
@@ -197,7 +181,7 @@ def ray_map(name: str) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterat
     """Return a `map` that runs on Ray Data under this name: results in order, one whole CPU per task."""
 
     def run(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        quiet_data_context()
+        quiet()
         blobs = [{"item": pickle.dumps(item)} for item in items]
         if not blobs:
             return

@@ -23,9 +23,9 @@ from tdro_ray.config import MineSettings, Recipe
 from tdro_ray.data.bm25 import BM25, guess_language
 from tdro_ray.data.collection import Collection, TaskManifest
 from tdro_ray.data.dedup import KEY_BYTES, text_key
-from tdro_ray.data.ingest import quiet_data_context
 from tdro_ray.data.negatives import PassageClasses, choose, shared_positives
 from tdro_ray.data.publish import store_lock, write_manifest
+from tdro_ray.data.ray_data import quiet
 from tdro_ray.errors import DataError
 
 MINER = 1  # raised when mining changes, so that negatives mined before are mined again
@@ -113,7 +113,7 @@ def _passage_texts(collection: Collection) -> Iterator[list[str]]:
 
 def _mine_task(recipe: Recipe, folder: Path, index: Any, key: str) -> dict[str, Any]:
     """Mine one task, commit the column, and return the manifest's entry."""
-    quiet_data_context()
+    quiet()
     name, rows = folder.name, len(Collection(folder))
     starts = list(range(0, rows, RANGE_ROWS))
     job = ray.data.from_items([{"start": start} for start in starts], override_num_blocks=len(starts)).map_batches(

@@ -6,6 +6,7 @@ asked for without replaying the ones before it, which is what makes resume exact
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
@@ -98,7 +99,7 @@ class Plan:
 def shares(num_rows: int, num_workers: int) -> list[slice]:
     """Return each worker's consecutive share of a batch's rows; the first ones get the remainder."""
     bounds = [num_rows * rank // num_workers for rank in range(num_workers + 1)]
-    return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:])]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def draw_negatives(available_B: Sequence[int], count: int, seed: int, s: int, part: slice, num_rows: int) -> Ints:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 
 from tdro_ray.data.collate import Batch, BatchRecipe, Collator
-from tdro_ray.data.stream import quiet
+from tdro_ray.data.ray_data import quiet
 
 SCHEMA = pa.schema([("step", pa.int64()), ("keys", pa.list_(pa.int64())), ("similarities", pa.list_(pa.float32()))])
 COMMIT_STEPS = 64  # steps scored between two commits

@@ -11,16 +11,16 @@ import json
 import pickle
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import DataContext, Datasource, ReadTask
+from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.train import DataConfig
 
 from tdro_ray.data.collate import Batch, BatchRecipe, Collator
+from tdro_ray.data.ray_data import quiet
 
 SCHEMA = pa.schema([("step", pa.int64()), ("rank", pa.int64()), ("batch", pa.binary())])
 
@@ -72,7 +72,7 @@ def plan_dataset(recipe: BatchRecipe, start: int, num_workers: int, cpus_per_tas
     dataset = ray.data.read_datasource(
         PlanSource(recipe, start, num_workers), override_num_blocks=max(1, count), ray_remote_args={"num_cpus": cpus_per_task}
     )
-    dataset.context.execution_options.preserve_order = True
+    dataset.context.execution_options.preserve_order = True  # set here too: the caller's context may be another
     return dataset
 
 
@@ -112,14 +112,7 @@ def batches_of(shard: Any) -> Iterator[Batch]:
         yield pickle.loads(table["batch"][0].as_buffer())
 
 
-def quiet() -> None:
-    """Turn Ray Data's progress bars off in this process: our own display shows progress."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-
-
-def local_batches(recipe: BatchRecipe, start: int, folder: Path | None = None) -> Iterator[Batch]:
+def local_batches(recipe: BatchRecipe, start: int) -> Iterator[Batch]:
     """Yield whole batches in this process, without Ray Data."""
     collator = Collator(recipe)
     for step in range(start, recipe.plan.num_steps):

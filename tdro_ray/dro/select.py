@@ -75,6 +75,18 @@ def kept_share(selected: Mapping[str, float], amounts: Mapping[str, float]) -> f
     return kept / math.fsum(amounts.values())
 
 
+def mixed(weights: Mapping[str, float], share: float) -> dict[str, float]:
+    """Return (1 - share) * weight + share / G: learned weights with part of the budget spread evenly.
+
+    Unlike the floor of `TaskWeights`, which DoReMi applies at every update and which therefore holds alpha back, this
+    is applied once, to what the training run samples. It keeps tasks alive that the proxy had solved: they need few
+    rows, not none.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"An even share of {share} is not valid: it must be from 0 (none) to 1 (uniform).")
+    return {task: (1 - share) * weight + share / len(weights) for task, weight in weights.items()}
+
+
 def _check_share(share: float, what: str) -> None:
     if not 0 < share <= 1:
         raise ConfigError(f"Selection of {what} is not valid: keep more than none and at most all of the data.")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from tdro_ray.data.stream import quiet
+from tdro_ray.data.ray_data import quiet
 from tdro_ray.evaluate.benchmark import evaluate_task
 from tdro_ray.types import Kind, RetrievalTest
 

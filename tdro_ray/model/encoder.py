@@ -17,6 +17,7 @@ from tdro_ray.errors import CheckpointError
 from tdro_ray.model.pooling import POOLING
 from tdro_ray.model.tokenize import TextTokenizer, read_spec, write_spec
 from tdro_ray.retrieval.chunks import length_chunks, pad_rows
+from tdro_ray.retrieval.contrastive import wide
 from tdro_ray.types import Kind, RetrieverSpec
 
 
@@ -29,11 +30,11 @@ class Retriever(nn.Module):
         self.causal = _is_causal(backbone)
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Return float32 unit vectors (B, D). `mask_BT` is 1 at real tokens; padding is on the right."""
+        """Return unit vectors (B, D), float32 (float64 of a float64 model). `mask_BT` is 1 at real tokens; padding is on the right."""
         # Behind a causal mask, padding on the right cannot reach a real token: no mask, and attention's fast path.
         mask = None if self.causal else mask_BT
         hidden_BTD = self.backbone(input_ids=ids_BT, attention_mask=mask).last_hidden_state
-        return nn.functional.normalize(POOLING[self.spec.pooling](hidden_BTD, mask_BT).float(), dim=-1)
+        return nn.functional.normalize(wide(POOLING[self.spec.pooling](hidden_BTD, mask_BT)), dim=-1)
 
 
 class Encoder:

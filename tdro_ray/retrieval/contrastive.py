@@ -11,13 +11,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 
+def wide(x: Tensor) -> Tensor:
+    """Return `x` in float32 at least: bf16 cosines divided by a temperature of 0.002 would lose the ranking."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def own_passages_loss(score_BP: Tensor, temperature: float, valid_BP: Tensor | None = None) -> Tensor:
     """Return InfoNCE over each row's own passages, the positive at 0 (stage 1): (B,).
 
     L_i = -log( exp(s_i0) / sum_p exp(s_ip) ), s = `score_BP` / tau, `score_BP` cosines. Where `valid_BP` is False the
     passage does not take part; a row with only its positive has loss 0.
     """
-    logit_BP = score_BP.float() / temperature
+    logit_BP = wide(score_BP) / temperature
     if valid_BP is not None:
         logit_BP = logit_BP.masked_fill(~valid_BP, float("-inf"))
     target_B = torch.zeros(len(logit_BP), dtype=torch.long, device=logit_BP.device)
@@ -37,7 +42,7 @@ def global_batch_loss(
     `target_B` is the column of each row's own positive. A column whose key is one of the row's positives (`-1` pads),
     its own positive apart, is no negative of that row and is masked: equal passages have equal keys.
     """
-    logit_BM = query_BD.float() @ passage_MD.float().T / temperature
+    logit_BM = wide(query_BD) @ wide(passage_MD).T / temperature
     return cross_entropy(
         logit_BM.masked_fill(false_negatives(target_B, passage_key_M, positive_key_BK), float("-inf")),
         target_B,

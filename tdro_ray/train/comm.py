@@ -22,7 +22,7 @@ def gather_rows(local_B: Tensor, sizes: list[int] | None = None) -> Tensor:
 
     `sizes` are the workers' numbers of rows where they are known; otherwise they are exchanged first.
     """
-    rank, count = world()
+    _rank, count = world()
     if count == 1:
         return local_B
     sizes = sizes or gather_sizes(len(local_B), local_B.device)

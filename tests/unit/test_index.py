@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -390,6 +393,19 @@ def test_failed_and_killed_builds_leave_the_old_version(tmp_path: Path) -> None:
     assert RetrievalIndex.open(tmp_path).search(clustered(1), 1)
     assert make_version(tmp_path, documents(5), clustered(5))["version"] == "10"
     assert not list(tmp_path.glob("versions/.building-*"))
+
+
+def test_killed_build_lets_go_of_its_lock(tmp_path: Path) -> None:
+    make_version(tmp_path, documents(5), clustered(5))
+    code = (
+        "import os, signal, sys\nfrom tdro_ray.index import versions\n"
+        "with versions.new_version(sys.argv[1]) as (name, folder):\n"
+        "    (folder / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    died = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert died.returncode == -signal.SIGKILL and (tmp_path / "versions" / ".building-2" / "half").exists()
+    assert versions.current(tmp_path).name == "1"
+    assert make_version(tmp_path, documents(5), clustered(5))["version"] == "2"
 
 
 def test_old_version_answers_while_a_new_one_is_built_and_after(tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ def test_zero_reference_losses_give_finite_signals(name: str) -> None:
 def test_ratio_mends() -> None:
     mean = 5.2 / 5  # smooth is in units of the batch's mean reference loss
     assert measured("ratio", smooth=1.0) == pytest.approx([2 / (2 + mean), 0.5 / (1 + mean), 0.15 / (0.1 + mean), 0])
+    both = measured("ratio", smooth=1.0, smooth_both=True)
+    assert both[:2] == pytest.approx([(2 + mean) / (2 + mean), (0.5 + mean) / (1 + mean)])
     assert measured("ratio", over="rows")[:2] == pytest.approx([(0.5 + 1.5) / 2, 0.5])
     assert measured("ratio", over="rows")[2] > 1e6  # 0.2 / floor
     assert measured("ratio", over="rows", row_clip=2.0) == pytest.approx([1.0, 0.5, (0.5 + 2) / 2, 0])
@@ -98,7 +100,22 @@ def test_excess_of_means_averages_chance_out() -> None:
     assert MEASURES["excess"](proxy_loss, reference_loss, task, 1).item() > 0.15
     assert MEASURES["excess"](proxy_loss, reference_loss, task, 1, clip_at="task").item() < 0.02
     assert measured("excess", clip_at="task") == pytest.approx([0, 0, 0.05, 0])
+    assert measured("excess", clip_at="none") == pytest.approx([0, -0.5, 0.05, 0])
     assert measured("excess", normalise=True, smooth=1.0)[0] == pytest.approx(0.5 / (2 + 5.2 / 5))
+
+
+def test_signed_normalised_excess_is_the_ratio_smoothed_on_both_sides_less_one() -> None:
+    excess_G = measured("excess", clip_at="none", normalise=True, smooth=0.5)
+    ratio_G = measured("ratio", smooth=0.5, smooth_both=True)
+    assert [r - 1 for r in ratio_G[:3]] == pytest.approx(excess_G[:3])
+
+
+def test_where_proxy_and_reference_agree_a_smoothed_denominator_alone_ranks_by_loss() -> None:
+    loss, task = torch.tensor([0.01, 1.0, 5.0]), torch.arange(3)
+    denominator = MEASURES["ratio"](loss, loss, task, 3, smooth=1.0)
+    assert denominator.argmax() == 2 and denominator.argmin() == 0
+    both = MEASURES["ratio"](loss, loss, task, 3, smooth=1.0, smooth_both=True)
+    assert both.tolist() == pytest.approx([1, 1, 1])
 
 
 def test_size_adjustment_adds_to_small_tasks_that_are_present() -> None:

@@ -149,6 +149,13 @@ def test_baselines() -> None:
     assert root == pytest.approx({"a": 1 / 3, "b": 2 / 3})
 
 
+def test_mixing_with_an_even_share() -> None:
+    assert select.mixed({"a": 0.9, "b": 0.1}, 0.5) == pytest.approx({"a": 0.7, "b": 0.3})
+    assert select.mixed({"a": 0.9, "b": 0.1}, 0) == {"a": 0.9, "b": 0.1}
+    with pytest.raises(ConfigError, match="even share"):
+        select.mixed({"a": 1.0}, 1.5)
+
+
 def test_capped_weights_by_hand() -> None:
     # limits at 2 repeats of 1000 draws: a 0.2, b 0.6, c 1.2; a gives up 0.4, of which b and c get 0.3 and 0.1
     assert select.cap_repeats({"a": 0.6, "b": 0.3, "c": 0.1}, SIZES, 2) == pytest.approx({"a": 0.2, "b": 0.6, "c": 0.2})

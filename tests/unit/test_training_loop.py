@@ -1,0 +1,117 @@
+"""The loop on a bare machine, through LocalContext: it learns, and an interrupted run ends where an uninterrupted one does."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from training import TASKS, global_batch, tiny_base
+
+from tdro_ray.config import LoraSettings, ModelSettings, OptimizeSettings, TrainSettings
+from tdro_ray.dro.files import read_trajectory
+from tdro_ray.errors import CheckpointError, TdroError
+from tdro_ray.train.context import LocalContext
+from tdro_ray.train.loop import TrainJob, learning_rate, train
+from tdro_ray.train.step import TaskSettings
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def job_of(base, out, dro, lora=None):
+    common = {"steps": STEPS, "batch_size": 8, "temperature": 0.1, "checkpoint_every": 2, "log_every": 2, "learning_rate": 1e-3, "warmup_steps": 2}
+    settings = OptimizeSettings(**common, eta=0.2) if dro else TrainSettings(**common)
+    return TrainJob("key", base, out, settings, ModelSettings(lora=lora), TASKS, seed=5)
+
+
+def batches_for(dro, stop=STEPS):
+    def batches(start):
+        for step in range(start, STEPS):
+            if step == stop:
+                raise KeyboardInterrupt
+            yield global_batch(8, 3, None if dro else step % 3, seed=1, step=step)
+
+    return batches
+
+
+def final_weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("dro", [False, True])
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=4, dropout=0.1)])
+def test_an_interrupted_run_ends_bitwise_like_an_uninterrupted_one(base, tmp_path, dro, lora):
+    whole, broken = LocalContext(batches_for(dro), tmp_path / "a"), LocalContext(batches_for(dro, stop=3), tmp_path / "b")
+    train(job_of(base, tmp_path / "out-a", dro, lora), whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(job_of(base, tmp_path / "out-b", dro, lora), broken)
+    resumed = LocalContext(batches_for(dro), tmp_path / "b")
+    train(job_of(base, tmp_path / "out-b", dro, lora), resumed)
+
+    a, b = whole.latest_checkpoint(), resumed.latest_checkpoint()
+    ours, theirs = final_weights(a), final_weights(b)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    start = final_weights_of_base(base)
+    assert any(not torch.equal(ours[k], start[k]) for k in ours)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out-b" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6]
+    if dro:
+        assert (a / "alpha.json").read_text() == (b / "alpha.json").read_text()
+        one, two = read_trajectory(a / "trajectory.parquet"), read_trajectory(b / "trajectory.parquet")
+        assert one.steps == two.steps == list(range(STEPS))
+        assert (one.alpha_SG == two.alpha_SG).all() and (one.signal_SG == two.signal_SG).all()
+
+
+def final_weights_of_base(base):
+    from safetensors.torch import load_file
+
+    return load_file(base / "model.safetensors")
+
+
+def test_the_loss_of_repeated_batches_falls(base, tmp_path):
+    settings = TrainSettings(steps=60, batch_size=8, temperature=0.1, learning_rate=5e-3, warmup_steps=5, log_every=1)
+    context = LocalContext(lambda start: (replace(global_batch(8, 2, 0), step=s) for s in range(start, 60)), tmp_path / "c")
+    train(TrainJob("key", base, tmp_path / "out", settings, ModelSettings(), TASKS, seed=0), context)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_another_runs_checkpoint_is_refused(base, tmp_path):
+    train(job_of(base, tmp_path / "out", False), LocalContext(batches_for(False), tmp_path / "a"))
+    with pytest.raises(CheckpointError, match="other settings"):
+        train(replace(job_of(base, tmp_path / "out", False), key="new"), LocalContext(batches_for(False), tmp_path / "a"))
+
+
+def test_a_batch_out_of_order_stops_the_run(base, tmp_path):
+    context = LocalContext(lambda start: iter([global_batch(8, 3, 0, step=0), global_batch(8, 3, 0, step=2)]), tmp_path / "a")
+    with pytest.raises(TdroError, match="expected its share of step 1 and received step 2"):
+        train(job_of(base, tmp_path / "out", False), context)
+
+
+def test_batches_that_end_early_are_no_success(base, tmp_path):
+    context = LocalContext(lambda start: iter([global_batch(8, 3, 0, step=0)]), tmp_path / "a")
+    with pytest.raises(TdroError, match="ended after 1 of 6"):
+        train(job_of(base, tmp_path / "out", False), context)
+
+
+def test_learning_rate_warms_up_and_ends_at_the_floor():
+    settings = TrainSettings(steps=100, warmup_steps=10, learning_rate=1.0, min_lr_ratio=0.1)
+    rates = [learning_rate(s, settings) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_single_task_runs(base, tmp_path):
+    tasks = TaskSettings(("a",), (8,), (None,), (True,))
+    settings = OptimizeSettings(steps=2, batch_size=4, temperature=0.1)
+    batches = [replace(global_batch(4, 2, None, step=s), task_B=global_batch(4, 2, 0).task_B) for s in range(2)]
+    context = LocalContext(lambda start: iter(batches[start:]), tmp_path / "a")
+    train(TrainJob("k", base, tmp_path / "o", settings, ModelSettings(), tasks, 0), context)
+    assert json.loads((context.latest_checkpoint() / "alpha.json").read_text())["current"] == [1.0]
