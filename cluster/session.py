@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import AuthenticationError
 
 from tdro_ray.config import ScaleSettings
 from tdro_ray.errors import ResourceError
 
 LOCAL_OBJECT_STORE = 1 << 30  # bytes; batches are small, and a laptop has other uses for its memory
+LEAST_OBJECT_STORE = 80 << 20  # bytes; Ray refuses less
+ANSWER_SECONDS = 3.0  # a head that takes longer to accept a connection is not there
+TOKEN_STEP = (
+    "Copy the cluster's ~/.ray/auth_token here (`ray get-auth-token` prints it on the head node), or set RAY_AUTH_TOKEN_PATH."
+)
 
 
 def connect(scale: ScaleSettings) -> None:
     """Join the cluster that `RAY_ADDRESS` names (a Ray job sets it), or start Ray on this machine. Idempotent.
 
-    Raises ResourceError when the workers do not fit, saying what is there and what to set.
+    Raises ResourceError when no cluster answers or the workers do not fit, saying what is there and what to set.
     """
     if not ray.is_initialized():
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard shows Train runs only with it
-        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if not os.environ.get("RAY_ADDRESS"):
-            memory = min(LOCAL_OBJECT_STORE, int(psutil.virtual_memory().available * 0.3))
-            options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "object_store_memory": memory}
-            check_fit(scale, float(os.cpu_count() or 1), 0.0 if not scale.use_gpu else _local_gpus(), "this machine")
-        try:
-            ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError) as err:
-            raise ResourceError(
-                f"Ray did not answer at RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')!r}: {err} "
-                "Start a cluster (`ray start --head`), or unset RAY_ADDRESS to run on this machine alone."
-            ) from err
+        address = os.environ.get("RAY_ADDRESS") or "local"
+        if address == "local":
+            _start(scale)
+        else:
+            _join(address)
     total = ray.cluster_resources()
     check_fit(scale, total.get("CPU", 0.0), total.get("GPU", 0.0), "the cluster")
 
@@ -45,11 +45,11 @@ def check_fit(scale: ScaleSettings, cpus: float, gpus: float, where: str) -> Non
     """
     need = scale.num_workers * scale.cpus_per_worker + scale.cpus_per_data_task
     if need > cpus:
-        most = int((cpus - scale.cpus_per_data_task) / scale.cpus_per_worker)
+        most = max(0, int((cpus - scale.cpus_per_data_task) / scale.cpus_per_worker + 1e-9))
+        fewer = f"Set scale.num_workers to at most {most}" if most else "Take a larger machine or cluster"
         raise ResourceError(
             f"{scale.num_workers} workers of {scale.cpus_per_worker:g} CPU and one data task of {scale.cpus_per_data_task:g} "
-            f"need {need:g} CPUs; {where} has {cpus:g}. Set scale.num_workers to at most {max(most, 0)}"
-            f"{', or lower scale.cpus_per_worker' if scale.cpus_per_worker > 0.25 else ''}."
+            f"need {need:g} CPUs; {where} has {cpus:g}. {fewer}, or lower scale.cpus_per_worker."
         )
     if scale.use_gpu and scale.num_workers > gpus:
         raise ResourceError(
@@ -58,13 +58,63 @@ def check_fit(scale: ScaleSettings, cpus: float, gpus: float, where: str) -> Non
         )
 
 
+def dashboard_url() -> str:
+    """URL of the connected cluster's dashboard, or "" without one."""
+    # Ray tells it publicly only to the process that called `ray.init`, in what that returned.
+    url = ray._private.worker.get_dashboard_url()
+    return f"http://{url}" if url else ""
+
+
+def _start(scale: ScaleSettings) -> None:
+    """Start Ray on this machine, beside any other that runs here; it ends with this process."""
+    check_fit(scale, float(os.cpu_count() or 1), _local_gpus() if scale.use_gpu else 0.0, "this machine")
+    memory = min(LOCAL_OBJECT_STORE, int(psutil.virtual_memory().available * 0.3))
+    try:
+        _init(
+            "local",
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            object_store_memory=max(LEAST_OBJECT_STORE, memory),
+        )
+    except (ConnectionError, OSError, RuntimeError, ValueError) as err:
+        raise ResourceError(
+            f"Ray did not start on this machine: {err} Its logs are under /tmp/ray/session_latest/logs (or $RAY_TMPDIR)."
+        ) from err
+
+
+def _join(address: str) -> None:
+    _check_answers(address)
+    try:
+        _init(address)
+    except AuthenticationError as err:
+        raise ResourceError(f"The cluster at {address} refused this machine's token: {err} {TOKEN_STEP}") from err
+    except (ConnectionError, RuntimeError, ValueError) as err:
+        raise ResourceError(f"{_unanswered(address)} {err}") from err
+
+
+def _init(address: str, **options: Any) -> None:
+    ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
+
+
+def _check_answers(address: str) -> None:
+    """Raise ResourceError unless something listens at `host:port`: Ray itself tries for more than ten minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:  # "auto": Ray finds the head, or says at once that there is none
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, ValueError) as err:
+        raise ResourceError(f"{_unanswered(address)} ({err})") from err
+
+
+def _unanswered(address: str) -> str:
+    return (
+        f"No Ray cluster answers at RAY_ADDRESS={address}. Start one (`ray start --head`), set RAY_ADDRESS to the host:port that "
+        "it prints, or unset RAY_ADDRESS to run on this machine alone."
+    )
+
+
 def _local_gpus() -> float:
     import torch
 
     return float(torch.cuda.device_count())
-
-
-def dashboard_url() -> str:
-    """URL of the Ray dashboard, or "" without one."""
-    url = ray.get_runtime_context().gcs_address and ray._private.worker.get_dashboard_url()
-    return f"http://{url}" if url else ""

@@ -154,7 +154,10 @@ def _sample_searches(run: Run) -> None:
         try:
             progress.update(f"asking {url}/search")
             began = time.monotonic()
-            response = httpx.post(f"{url}/search", json={"queries": list(settings.queries), "k": settings.k}, timeout=60)
+            keys = os.environ.get("TDRO_API_KEYS", "").split(",")
+            headers = {"Authorization": f"Bearer {keys[0].strip()}"} if keys[0].strip() else {}
+            asked = {"queries": list(settings.queries), "k": settings.k}
+            response = httpx.post(f"{url}/search", json=asked, headers=headers, timeout=60, trust_env=False)
             response.raise_for_status()
             seconds = time.monotonic() - began
         except httpx.HTTPError as err:

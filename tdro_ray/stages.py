@@ -200,6 +200,8 @@ def _train(run: Run, stage: str, key: str, settings: TrainSettings, batches: Any
 
     name = f"{run.recipe.name}-{stage}-{key}"
     storage = run.path(stage) / "ray"
+    if not (storage / name).exists():  # a fresh start: the numbers of another run would be shown as this one's
+        (run.path(stage) / "metrics.jsonl").unlink(missing_ok=True)
     for old in storage.glob("*"):
         if old.name != name:  # a run of other settings is not resumed
             shutil.rmtree(old, ignore_errors=True)
@@ -446,19 +448,26 @@ def index(run: Run) -> dict[str, Any]:
 
 
 def _documents(tasks: list[Collection]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """Yield (id, title, text, metadata) of every distinct passage, training and test."""
+    """Yield (id, title, text, metadata) of every distinct passage, training and test; ids are `<task>/<docid>`.
+
+    A docid that a task uses for several texts gets `#2`, `#3`, … after the first.
+    """
     seen: set[tuple[str, str]] = set()
     for task in tasks:
-        for batch in task.passages.to_batches(columns=["docid", "title", "text"]):
-            for record in batch.to_pylist():
-                yield from _once(task.name, record["docid"], record["title"] or "", record["text"], seen)
-        test = task.test()
-        for passage in test.corpus if test else ():
-            yield from _once(task.name, passage.docid, passage.title, passage.text, seen)
+        used: dict[str, int] = {}
+        for docid, title, text in _passages_of(task):
+            if not text.strip() or (title, text) in seen:
+                continue
+            seen.add((title, text))
+            used[docid] = used.get(docid, 0) + 1
+            suffix = f"#{used[docid]}" if used[docid] > 1 else ""
+            yield f"{task.name}/{docid}{suffix}", title, text, {"task": task.name}
 
 
-def _once(task: str, docid: str, title: str, text: str, seen: set[tuple[str, str]]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    identity = f"{task}/{docid}"
-    if text.strip() and (title, text) not in seen:
-        seen.add((title, text))
-        yield identity, title, text, {"task": task}
+def _passages_of(task: Collection) -> Iterator[tuple[str, str, str]]:
+    for batch in task.passages.to_batches(columns=["docid", "title", "text"]):
+        for record in batch.to_pylist():
+            yield record["docid"], record["title"] or "", record["text"]
+    test = task.test()
+    for passage in test.corpus if test else ():
+        yield passage.docid, passage.title, passage.text
