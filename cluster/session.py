@@ -17,9 +17,7 @@ from tdro_ray.errors import ResourceError
 LOCAL_OBJECT_STORE = 1 << 30  # bytes; batches are small, and a laptop has other uses for its memory
 LEAST_OBJECT_STORE = 80 << 20  # bytes; Ray refuses less
 ANSWER_SECONDS = 3.0  # a head that takes longer to accept a connection is not there
-TOKEN_STEP = (
-    "Copy the cluster's ~/.ray/auth_token here (`ray get-auth-token` prints it on the head node), or set RAY_AUTH_TOKEN_PATH."
-)
+TOKEN_STEP = "Copy the cluster's ~/.ray/auth_token here (`ray get-auth-token` prints it on the head node), or set RAY_AUTH_TOKEN_PATH."
 
 
 def connect(scale: ScaleSettings) -> None:

@@ -177,15 +177,39 @@ class ServeSettings(Settings):
 
 
 class TuneSettings(Settings):
-    """Search over stage 1."""
+    """Search over stage 1. A trial: stage 1, a short fine-tuning with its weights, nDCG on the dev queries."""
 
-    trials: int = Field(12, ge=1)
+    trials: int = Field(12, ge=1)  # the recipe's own setting, which is the first one, counted
+    search: Literal["random", "optuna"] = "random"
     eta: tuple[float, float] = (2e-3, 2e-1)  # log-uniform
     temperature: tuple[float, float] = (0.01, 0.1)  # log-uniform, the proxy's tau
-    measures: tuple[Measure, ...] = ("ratio", "excess")
-    optimize_steps: int = Field(40, ge=1)
-    finetune_steps: int = Field(40, ge=1)
-    concurrent: int = Field(1, ge=1)
+    measures: tuple[Measure, ...] = Field(("ratio", "excess"), min_length=1)
+    choices: dict[str, tuple[Any, ...]] = {}  # further settings of `optimize` to choose from, e.g. {clip: [0.3, 1.0]}
+    optimize_steps: int = Field(40, ge=1)  # of stage 1 in a trial; warm-up is shortened in proportion
+    finetune_steps: int = Field(40, ge=1)  # of the fine-tuning in a trial
+    objective: Literal["mean", "worst"] = "mean"  # over tasks, of nDCG on the dev queries
+    evaluations: int = Field(1, ge=1)  # of a trial's fine-tuning, evenly spread; the last one is the objective
+    scheduler: Literal["none", "asha", "median"] = "none"  # stops weak trials between their evaluations
+    concurrent: int = Field(0, ge=0)  # trials at once; 0: as many as fit
+    cpus_per_trial: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _searchable(self) -> TuneSettings:
+        for name, (low, high) in {"eta": self.eta, "temperature": self.temperature}.items():
+            if not 0 < low <= high:
+                raise ValueError(f"tune.{name} must be two numbers above 0, the smaller first")
+        if self.scheduler != "none" and self.evaluations < 2:
+            raise ValueError(f"tune.scheduler {self.scheduler} needs tune.evaluations of at least 2: it stops trials between them")
+        fixed = {"steps", "batch_size", "num_negatives"}  # the reference scores are of these
+        for name, values in self.choices.items():
+            if name not in OptimizeSettings.model_fields or name in {"eta", "temperature", "measure", *fixed}:
+                free = sorted({*OptimizeSettings.model_fields} - {"eta", "temperature", "measure", *fixed})
+                raise ValueError(f"tune.choices: {name!r} cannot be chosen.{nearest(name, free)}")
+            if not values:
+                raise ValueError(f"tune.choices.{name} is empty: list at least one value")
+            for value in values:
+                OptimizeSettings.model_validate({name: value})
+        return self
 
 
 class Recipe(Settings):

@@ -133,14 +133,15 @@ class Collator:
             import lance
 
             self._scores = lance.dataset(str(self.recipe.scores))
-        record = self._scores.take([step], columns=["step", "keys", "similarities"]).to_pylist()[0]
+        record = self._scores.take([step], columns=["keys", "similarities"]).to_pylist()[0]
         width = key_BP.shape[1]
-        keys_NP = np.array(record["keys"], np.int64).reshape(-1, width)[part]
-        if record["step"] != step or not np.array_equal(keys_NP, key_BP):
+        own = slice(part.start * width, part.stop * width)
+        drawn = np.array(record["keys"], np.int64)
+        if len(drawn) != self.recipe.plan.batch_size * width or not np.array_equal(drawn[own], key_BP.ravel()):
             raise DataError(
                 f"The reference scores in {self.recipe.scores} are not of this plan (step {step} differs). Run `tdro score` again."
             )
-        return np.array(record["similarities"], np.float32).reshape(-1, width)[part]
+        return np.array(record["similarities"], np.float32)[own].reshape(-1, width)
 
 
 def versions_of(collections: list[Collection]) -> tuple[int, ...]:

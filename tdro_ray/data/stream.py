@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -70,7 +71,7 @@ def plan_dataset(recipe: BatchRecipe, start: int, num_workers: int, cpus_per_tas
     """Return the dataset of (step, rank, batch) rows from step `start` on."""
     count = (recipe.plan.num_steps - start) * num_workers
     dataset = ray.data.read_datasource(
-        PlanSource(recipe, start, num_workers), override_num_blocks=max(1, count), ray_remote_args={"num_cpus": cpus_per_task}
+        PlanSource(recipe, start, num_workers), override_num_blocks=max(1, count), num_cpus=cpus_per_task
     )
     dataset.context.execution_options.preserve_order = True  # set here too: the caller's context may be another
     return dataset
@@ -107,9 +108,19 @@ def checkpointed_step(run_folder: str) -> int:
 
 
 def batches_of(shard: Any) -> Iterator[Batch]:
-    """Yield the batches of a worker's dataset shard."""
-    for table in shard.iter_batches(batch_size=1, prefetch_batches=2, batch_format="pyarrow"):
+    """Yield the batches of a worker's dataset shard. The first is asked for at once, beside whatever the caller does next."""
+    tables = iter(shard.iter_batches(batch_size=1, prefetch_batches=2, batch_format="pyarrow"))
+    pool = ThreadPoolExecutor(1, thread_name_prefix="first-batch")
+    first = pool.submit(next, tables, None)
+    pool.shutdown(wait=False)
+    return _unpacked(first, tables)
+
+
+def _unpacked(first: Future[Any], tables: Iterator[pa.Table]) -> Iterator[Batch]:
+    table = first.result()
+    while table is not None:
         yield pickle.loads(table["batch"][0].as_buffer())
+        table = next(tables, None)
 
 
 def local_batches(recipe: BatchRecipe, start: int) -> Iterator[Batch]:

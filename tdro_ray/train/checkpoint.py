@@ -25,14 +25,28 @@ def write(folder: Path, step: int, key: str, backend_state: dict[str, Any], dro_
     (folder / "manifest.json").write_text(json.dumps({"step": step, "key": key}) + "\n", encoding="utf-8")
 
 
-def read(folder: Path, key: str) -> tuple[int, dict[str, Any], dict[str, Any] | None]:
-    """Return (steps done, backend state, stage-1 state). Raises CheckpointError for another run's checkpoint."""
+def steps_done(folder: Path, key: str) -> int:
+    """Return how many steps the checkpoint holds. Raises CheckpointError for another run's or a damaged one."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["key"] != key:
-            raise CheckpointError(f"The checkpoint {folder} is of other settings (key {manifest['key']}, wanted {key}). Delete it.")
+        found, steps = manifest["key"], int(manifest["step"])
+    except (OSError, ValueError, KeyError) as err:
+        raise _damaged(folder, err) from err
+    if found != key:
+        raise CheckpointError(f"The checkpoint {folder} is of other settings (key {found}, wanted {key}). Delete it.")
+    return steps
+
+
+def read(folder: Path, key: str) -> tuple[int, dict[str, Any], dict[str, Any] | None]:
+    """Return (steps done, backend state, stage-1 state). Raises CheckpointError for another run's or a damaged one."""
+    steps = steps_done(folder, key)
+    try:
         state = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True)
         dro = folder / "dro.pt"
-        return int(manifest["step"]), state, torch.load(dro, weights_only=True) if dro.exists() else None
-    except (OSError, ValueError, KeyError, RuntimeError) as err:
-        raise CheckpointError(f"The checkpoint {folder} cannot be read: {err}. Delete it to start from the one before.") from err
+        return steps, state, torch.load(dro, weights_only=True) if dro.exists() else None
+    except (OSError, ValueError, RuntimeError) as err:
+        raise _damaged(folder, err) from err
+
+
+def _damaged(folder: Path, err: Exception) -> CheckpointError:
+    return CheckpointError(f"The checkpoint {folder} cannot be read: {err}. Delete it to start from the one before.")

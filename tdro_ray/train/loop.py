@@ -48,15 +48,17 @@ def train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
     """Run the job to its end, from its newest checkpoint on, and return a summary (equal on all workers)."""
     torch.set_flush_denormal(True)  # softmax at small temperatures makes denormals, which CPUs crawl through
     settings, device = job.settings, context.device
+    found = context.latest_checkpoint()
+    batches = context.batches(checkpoint.steps_done(found, job.key) if found else 0)  # asked for first: data starts while the model loads
     torch.manual_seed(job.seed)
     retriever = _trainable(load_retriever(job.base, job.model.dtype), job.model).to(device)
     backend: Backend = BACKENDS[job.backend](retriever, settings)
     weights = _task_weights(settings, len(job.tasks.names))
     trajectory: list[tuple[int, list[float], list[float]]] = []
-    start = _restore(job, context, backend, weights, trajectory)
+    start = _restore(job, found, backend, weights, trajectory)
     log = _Log(job.out, context, start, settings)
 
-    for batch in log.timed(context.batches(start)):
+    for batch in log.timed(batches):
         _check_order(batch, start, context)
         torch.manual_seed(_step_seed(job.seed, batch.step, context.rank))  # dropout goes on exactly after a restart
         if isinstance(settings, OptimizeSettings):
@@ -110,9 +112,8 @@ def _task_weights(settings: TrainSettings, num_tasks: int) -> TaskWeights | None
 
 
 def _restore(
-    job: TrainJob, context: TrainContext, backend: Backend, weights: TaskWeights | None, trajectory: list[Any]
+    job: TrainJob, folder: Path | None, backend: Backend, weights: TaskWeights | None, trajectory: list[Any]
 ) -> int:
-    folder = context.latest_checkpoint()
     if folder is None:
         return 0
     step, backend_state, dro_state = checkpoint.read(folder, job.key)

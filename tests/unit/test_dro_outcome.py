@@ -22,7 +22,7 @@ TASKS = ("solved", "easy", "hard", "noise")
 SOLVED, EASY, HARD, NOISE = range(4)
 UNIFORM = 0.25
 DIM, NEGATIVES, ROWS, PER_TASK, TAU = 16, 7, 2000, 16, 0.05
-# The default that these outcomes support: difference of task means, relative to the smoothed reference loss.
+# Difference of task means, unclipped, relative to the smoothed reference loss.
 MENDED = {"clip_at": "none", "normalise": True, "smooth": 1.0}
 REFERENCE_STEPS, PROXY_STEPS = 600, 150
 # Queries (N, D), candidates with the positive first (N, 1 + negatives, D), tasks (N,).

@@ -1,0 +1,1 @@
+def write_report(recipe, trials, best, study, path): path.write_text("x")

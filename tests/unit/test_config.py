@@ -1,0 +1,127 @@
+"""Recipes: precedence, frozen settings, unknown keys, cross-field checks, and that the shipped ones load."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from tdro_ray.config import Recipe, Settings, load_recipe, recipe_names, run_folder, store_folder
+from tdro_ray.errors import ConfigError
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 7\noptimize: {eta: 0.5, steps: 20}\nreference: {steps: 30}\n")
+    return path
+
+
+def test_defaults_are_overridden_by_the_recipe_and_that_by_set(recipe_file):
+    assert Recipe().optimize.eta == 0.02
+    found = load_recipe(str(recipe_file))
+    assert (found.seed, found.optimize.eta, found.optimize.steps, found.reference.steps) == (7, 0.5, 20, 30)
+    assert found.optimize.clip == Recipe().optimize.clip and found.finetune == Recipe().finetune
+    found = load_recipe(str(recipe_file), ("optimize.eta=0.125", "seed=8", "optimize.eta=0.25", "model.lora.r=4"))
+    assert (found.seed, found.optimize.eta, found.optimize.steps) == (8, 0.25, 20)
+    assert found.model.lora is not None and found.model.lora.r == 4 and found.model.lora.alpha == 32
+
+
+def test_the_name_is_the_files_unless_it_says_so(recipe_file, tmp_path):
+    assert load_recipe(str(recipe_file)).name == "mine"
+    assert load_recipe(str(recipe_file), ("name=other",)).name == "other"
+    with pytest.raises(ConfigError, match="name"):
+        load_recipe(str(recipe_file), ("name=../escape",))
+
+
+def test_set_reads_values_as_yaml(recipe_file):
+    found = load_recipe(
+        str(recipe_file),
+        ("weights=[ema, top70]", "model.instructions=false", "data.sources=folder", "index.tasks=[a]", "optimize.learning_rate=1.0e-3"),
+    )
+    assert found.weights == ("ema", "top70") and found.model.instructions is False
+    assert found.data.sources == ("folder",) and found.index.tasks == ("a",) and found.optimize.learning_rate == 1e-3
+
+
+def models(kind=Settings):
+    for model in kind.__subclasses__():
+        yield model
+        yield from models(model)
+
+
+@pytest.mark.parametrize("model", sorted(models(), key=lambda m: m.__name__), ids=lambda m: m.__name__)
+def test_every_setting_is_frozen_and_closed(model):
+    with pytest.raises(ValidationError, match="extra_forbidden"):
+        model.model_validate({"no_such_field": 1})
+    made = model.model_construct()
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(made, next(iter(model.model_fields)), None)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimze.eta=1", r"'optimze'\. Did you mean 'optimize'"),
+        ("optimize.eat=1", r"'optimize.eat'\. Did you mean 'eta'"),
+        ("reference.learning_rat=1", "Did you mean 'learning_rate'"),
+        ("data.environment.max_row=1", "Did you mean 'max_rows'"),
+        ("model.lora.rank=4", "unknown key"),
+        ("reference.zzz=1", "Valid: .*batch_size"),
+        ("optimize.eta=-1", r"optimize\.eta: .*greater than 0 \(got -1\)"),
+        ("optimize.eta=fast", r"optimize\.eta: .*number"),
+        ("optimize.measure=ratoi", r"optimize\.measure: .*'ratio'.*got 'ratoi'"),
+        ("optimize.num_negatives=0", "stage 1 has no in-batch negatives"),
+        ("mine.last_rank=1", "last_rank must not be below"),
+        ("scale.num_workers=0", r"scale\.num_workers: "),
+        ("serve.port=70000", r"serve\.port: "),
+        ("seed", "takes key=value.*got 'seed'"),
+        ("=3", "takes key=value"),
+        ("seed.x=1", "'seed' holds 7, which has no fields"),
+        ("optimize.eta=[1", "not a valid YAML value"),
+    ],
+)
+def test_a_wrong_set_says_what_is_valid(recipe_file, override, said):
+    with pytest.raises(ConfigError, match=said):
+        load_recipe(str(recipe_file), (override,))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a\n- b\n", "must hold a mapping, it holds list"),
+        ("", "must hold a mapping, it holds NoneType"),
+        ("a: [1", "not valid YAML"),
+        ("optimise: {}", "Did you mean 'optimize'"),
+    ],
+)
+def test_a_wrong_file_says_so(tmp_path, text, said):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load_recipe(str(path))
+
+
+def test_a_recipe_that_is_not_there_names_the_nearest():
+    with pytest.raises(ConfigError, match="No recipe 'quikstart'. Did you mean 'quickstart'"):
+        load_recipe("quikstart")
+    with pytest.raises(ConfigError, match="cannot be read: No such file.*quickstart"):
+        load_recipe("there/is/no.yaml")
+
+
+def test_the_resolved_recipe_survives_json(recipe_file):
+    found = load_recipe(str(recipe_file), ("data.store=here",))
+    assert Recipe.model_validate(json.loads(json.dumps(found.model_dump(mode="json")))) == found
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_load_under_their_own_name(name):
+    assert load_recipe(name).name == name
+
+
+def test_where_runs_live(monkeypatch, tmp_path, recipe_file):
+    monkeypatch.delenv("TDRO_RUNS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(str(recipe_file))
+    assert run_folder(recipe) == tmp_path / "runs" / "mine" and store_folder(recipe) == tmp_path / "runs" / "mine" / "store"
+    monkeypatch.setenv("TDRO_RUNS", str(tmp_path / "elsewhere"))
+    assert run_folder(recipe) == tmp_path / "elsewhere" / "mine"
+    assert store_folder(load_recipe(str(recipe_file), ("data.store=s",))) == tmp_path / "s"
