@@ -31,18 +31,26 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     run = _with_recipe(commands.add_parser("run", help="run all stages of a recipe; what is up to date is skipped"))
-    run.add_argument("--no-serve", action="store_true", help="leave out the last step, the HTTP service and its sample queries")
+    run.add_argument(
+        "--no-serve", action="store_true", help="leave out the last step, the HTTP service and its sample queries"
+    )
     for name, text in STAGES.items():
         _with_recipe(commands.add_parser(name, help=text))
     _with_recipe(commands.add_parser("tune", help="search DRO learning rate, temperature and measure with Ray Tune"))
     serve = _with_recipe(commands.add_parser("serve", help="serve the indexed retriever over HTTP until interrupted"))
     serve.add_argument("--model", help="a model folder instead of the run's best")
     serve.add_argument("--index", help="an index folder instead of the run's")
-    export = _with_recipe(commands.add_parser("export", help="write a trained model for Hugging Face and sentence-transformers"))
+    export = _with_recipe(
+        commands.add_parser("export", help="write a trained model for Hugging Face and sentence-transformers")
+    )
     export.add_argument("--model", default="", help="name of the trained model (default: the best)")
     export.add_argument("--to", required=True, metavar="FOLDER", help="folder to write")
     submit = commands.add_parser("submit", help="run a tdro command as a Ray job and follow its log")
-    submit.add_argument("--address", default="", help="dashboard address of the cluster (default: $RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265)")
+    submit.add_argument(
+        "--address",
+        default="",
+        help="dashboard address of the cluster (default: $RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265)",
+    )
     submit.add_argument("--detach", action="store_true", help="do not follow the log")
     submit.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND …", help="e.g. run quickstart")
     commands.add_parser("recipes", help="list the shipped recipes")
@@ -51,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _with_recipe(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
     command.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a .yaml file")
-    command.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override a setting (repeatable)")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override a setting (repeatable)"
+    )
     return command
 
 

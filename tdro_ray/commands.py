@@ -17,7 +17,20 @@ from tdro_ray.display import display, table
 from tdro_ray.errors import ConfigError, ResourceError
 from tdro_ray.pipeline import Progress, Run, Stage, key_of, write_json
 
-PACKAGES = ("ray", "torch", "transformers", "peft", "pylance", "pyarrow", "numpy", "faiss-cpu", "faiss-gpu", "bm25s", "fastapi", "deepspeed")
+PACKAGES = (
+    "ray",
+    "torch",
+    "transformers",
+    "peft",
+    "pylance",
+    "pyarrow",
+    "numpy",
+    "faiss-cpu",
+    "faiss-gpu",
+    "bm25s",
+    "fastapi",
+    "deepspeed",
+)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -132,7 +145,9 @@ def _indexed_model(run: Run) -> Path:
 
     name = run.manifest("index").get("summary", {}).get("model")
     if not name:
-        raise ConfigError(f"Nothing is indexed yet. Run `tdro index {run.recipe.name}` first, or give --model and --index.")
+        raise ConfigError(
+            f"Nothing is indexed yet. Run `tdro index {run.recipe.name}` first, or give --model and --index."
+        )
     return stages.model_folders(run)[name][1]
 
 
@@ -150,7 +165,13 @@ def _sample_searches(run: Run) -> None:
         from serve import deployment
 
         progress.update("starting the service")
-        url = deployment.start(_indexed_model(run), stages.index_folder(run), host=settings.host, port=settings.port, num_replicas=settings.num_replicas)
+        url = deployment.start(
+            _indexed_model(run),
+            stages.index_folder(run),
+            host=settings.host,
+            port=settings.port,
+            num_replicas=settings.num_replicas,
+        )
         try:
             progress.update(f"asking {url}/search")
             began = time.monotonic()
@@ -161,10 +182,21 @@ def _sample_searches(run: Run) -> None:
             response.raise_for_status()
             seconds = time.monotonic() - began
         except httpx.HTTPError as err:
-            raise ResourceError(f"The service at {url} did not answer the sample queries: {err}. Look at the Serve logs on the Ray dashboard.") from err
+            raise ResourceError(
+                f"The service at {url} did not answer the sample queries: {err}. Look at the Serve logs on the Ray dashboard."
+            ) from err
         finally:
             deployment.stop()
-        write_json(out, {"url": url, "queries": [{"query": q, "hits": hits} for q, hits in zip(settings.queries, response.json()["results"], strict=True)]})
+        write_json(
+            out,
+            {
+                "url": url,
+                "queries": [
+                    {"query": q, "hits": hits}
+                    for q, hits in zip(settings.queries, response.json()["results"], strict=True)
+                ],
+            },
+        )
         return f"{len(settings.queries)} queries answered in {seconds * 1000:.0f} ms through HTTP", {"url": url}
 
     if settings.queries:

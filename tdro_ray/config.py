@@ -97,7 +97,9 @@ class ModelSettings(Settings):
 
     name: str = "tiny"  # "tiny", a Hugging Face model folder, or a Hub id
     pooling: Literal["last", "mean", "cls"] = "last"
-    instructions: bool = True  # put each task's prompt before its queries; a small mean-pooling model does better without
+    instructions: bool = (
+        True  # put each task's prompt before its queries; a small mean-pooling model does better without
+    )
     query_length: int = Field(128, ge=4)  # tokens, EOS included
     passage_length: int = Field(512, ge=4)  # tokens, EOS included
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -128,7 +130,11 @@ class OptimizeSettings(TrainSettings):
 
     num_negatives: int = Field(7, ge=0)
     measure: Measure = "ratio"
+    measure_options: dict[str, float | str | bool | None] = {}  # named options of the measure, see dro/measures.py
     eta: float = Field(0.02, gt=0)  # step size on log alpha
+    eta_schedule: Literal["constant", "linear", "cosine"] = "constant"  # from eta down to 0
+    hold: float = Field(0.0, ge=0, lt=1)  # share of the steps before alpha first moves
+    momentum: float = Field(0.0, ge=0, lt=1)  # on the clipped signal
     clip: float = Field(1.0, gt=0)  # 2-norm of the signal vector above which it is scaled down
     ema: float = Field(0.1, gt=0, le=1)
     floor: float = Field(0.0, ge=0, lt=1)  # DoReMi smoothing: alpha = (1 - floor) alpha + floor / G
@@ -199,7 +205,9 @@ class TuneSettings(Settings):
             if not 0 < low <= high:
                 raise ValueError(f"tune.{name} must be two numbers above 0, the smaller first")
         if self.scheduler != "none" and self.evaluations < 2:
-            raise ValueError(f"tune.scheduler {self.scheduler} needs tune.evaluations of at least 2: it stops trials between them")
+            raise ValueError(
+                f"tune.scheduler {self.scheduler} needs tune.evaluations of at least 2: it stops trials between them"
+            )
         fixed = {"steps", "batch_size", "num_negatives"}  # the reference scores are of these
         for name, values in self.choices.items():
             if name not in OptimizeSettings.model_fields or name in {"eta", "temperature", "measure", *fixed}:
@@ -234,7 +242,9 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         if self.optimize.num_negatives == 0:
-            raise ValueError("optimize.num_negatives must be at least 1: stage 1 has no in-batch negatives, its loss would be 0")
+            raise ValueError(
+                "optimize.num_negatives must be at least 1: stage 1 has no in-batch negatives, its loss would be 0"
+            )
         if self.mine.last_rank < self.mine.first_rank:
             raise ValueError("mine.last_rank must not be below mine.first_rank")
         return self
@@ -254,11 +264,15 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name_or_path}.yaml"
         if not path.exists():
-            raise ConfigError(f"No recipe {name_or_path!r}.{nearest(name_or_path, recipe_names())} A path to a .yaml file works too.")
+            raise ConfigError(
+                f"No recipe {name_or_path!r}.{nearest(name_or_path, recipe_names())} A path to a .yaml file works too."
+            )
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as err:
-        raise ConfigError(f"Recipe file {path} cannot be read: {err.strerror}. Shipped recipes: {', '.join(recipe_names())}.") from err
+        raise ConfigError(
+            f"Recipe file {path} cannot be read: {err.strerror}. Shipped recipes: {', '.join(recipe_names())}."
+        ) from err
     except yaml.YAMLError as err:
         raise ConfigError(f"Recipe file {path} is not valid YAML: {err}") from err
     if not isinstance(raw, dict):

@@ -22,7 +22,13 @@ class Terminal:
     def stage(self, name: str) -> Iterator[_Live]:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        columns = (SpinnerColumn(), TextColumn("{task.fields[name]:<20}"), BarColumn(24), TimeElapsedColumn(), TextColumn("{task.description}"))
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.fields[name]:<20}"),
+            BarColumn(24),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
         with Progress(*columns, console=self.console, transient=True) as bars:
             yield _Live(bars, bars.add_task("", total=None, name=name))
 
@@ -83,5 +89,10 @@ def _plain(text: str) -> str:
 def table(rows: list[list[str]]) -> str:
     """Return a text table: first row the header, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
     return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])

@@ -81,7 +81,9 @@ class Run:
         manifest = self.manifest(stage)
         if manifest.get("key") != key:
             state = "has not run" if not manifest else "is out of date (settings or data changed)"
-            raise ConfigError(f"Stage {stage} {state}. Run `tdro {stage.partition('-')[0]} {self.recipe.name}` or `tdro run {self.recipe.name}` first.")
+            raise ConfigError(
+                f"Stage {stage} {state}. Run `tdro {stage.partition('-')[0]} {self.recipe.name}` or `tdro run {self.recipe.name}` first."
+            )
         return manifest
 
     def do(self, stage: Stage) -> dict[str, Any]:
@@ -104,7 +106,9 @@ class Run:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "line": line,
             "summary": summary,
-            "outputs": [str(p.relative_to(self.folder)) if p.is_relative_to(self.folder) else str(p) for p in stage.outputs],
+            "outputs": [
+                str(p.relative_to(self.folder)) if p.is_relative_to(self.folder) else str(p) for p in stage.outputs
+            ],
         }
         write_json(folder / "manifest.json", manifest)
         self.display.done(stage.name, line, manifest["seconds"])

@@ -16,7 +16,7 @@ from typing import Any
 from tdro_ray.config import OptimizeSettings, TrainSettings, store_folder
 from tdro_ray.data.collection import Collection, CollectionStore
 from tdro_ray.errors import ConfigError, DataError
-from tdro_ray.pipeline import Progress, Run, Stage, fresh_folder, key_of, write_json
+from tdro_ray.pipeline import Progress, Run, Stage, check_names, fresh_folder, key_of, write_json
 from tdro_ray.types import RetrievalTest, RetrieverSpec
 
 BASELINE = "uniform"  # the reference model: uniform weights, the same budget as every fine-tuning run
@@ -73,7 +73,9 @@ def task_names(run: Run) -> list[str]:
     """Tasks of this run, in plan order. Raises ConfigError before `ingest` has run."""
     tasks = run.manifest("ingest").get("summary", {}).get("tasks")
     if not tasks:
-        raise ConfigError(f"Stage ingest has not run. Run `tdro ingest {run.recipe.name}` or `tdro run {run.recipe.name}` first.")
+        raise ConfigError(
+            f"Stage ingest has not run. Run `tdro ingest {run.recipe.name}` or `tdro run {run.recipe.name}` first."
+        )
     return sorted(tasks)
 
 
@@ -100,7 +102,9 @@ def mine(run: Run) -> dict[str, Any]:
         total = sum(rows.values())
         mined = sum(found[n].get("mean_mined", 0) * rows[n] for n in names) / total
         given = sum(found[n].get("mean_given", 0) * rows[n] for n in names) / total
-        return f"{mined + given:.1f} hard negatives a row ({given:.1f} given, {mined:.1f} by {recipe.mine.method})", {"tasks": found}
+        return f"{mined + given:.1f} hard negatives a row ({given:.1f} given, {mined:.1f} by {recipe.mine.method})", {
+            "tasks": found
+        }
 
     if not all(c.manifest.negatives for c in collections(run)):  # ingested again since: the manifest tells no truth
         (run.path("mine") / "manifest.json").unlink(missing_ok=True)
@@ -134,7 +138,9 @@ def base_folder(run: Run) -> Path:
 def model_key(run: Run) -> str:
     recipe = run.recipe
     tokenizer_data = _data_key(run) if recipe.model.name == "tiny" else ""
-    return key_of("model", recipe.model.model_dump(mode="json"), asdict(retriever_spec(run)), tokenizer_data, recipe.seed)
+    return key_of(
+        "model", recipe.model.model_dump(mode="json"), asdict(retriever_spec(run)), tokenizer_data, recipe.seed
+    )
 
 
 def model(run: Run) -> dict[str, Any]:
@@ -176,20 +182,32 @@ def _job(run: Run, stage: str, key: str, settings: TrainSettings) -> Any:
         in_batch=tuple(c.manifest.info.in_batch for c in found),
     )
     recipe = run.recipe
-    return TrainJob(key, base_folder(run), run.path(stage), settings, recipe.model, tasks, recipe.seed, recipe.scale.backend)
+    return TrainJob(
+        key, base_folder(run), run.path(stage), settings, recipe.model, tasks, recipe.seed, recipe.scale.backend
+    )
 
 
-def batch_recipe(run: Run, settings: TrainSettings, weights: list[float] | None, mode: str, scores: Path | None = None) -> Any:
+def batch_recipe(
+    run: Run, settings: TrainSettings, weights: list[float] | None, mode: str, scores: Path | None = None
+) -> Any:
     """The plan of a training stage and where its rows come from."""
     from tdro_ray.data.collate import BatchRecipe, versions_of
     from tdro_ray.data.plan import Plan
 
     found = collections(run)
     if settings.batch_size < run.recipe.scale.num_workers:
-        raise ConfigError(f"A batch of {settings.batch_size} rows cannot be shared by {run.recipe.scale.num_workers} workers. Raise batch_size.")
+        raise ConfigError(
+            f"A batch of {settings.batch_size} rows cannot be shared by {run.recipe.scale.num_workers} workers. Raise batch_size."
+        )
     plan = Plan([c.manifest.rows for c in found], weights, settings.steps, settings.batch_size, run.recipe.seed, mode)  # type: ignore[arg-type]
     return BatchRecipe(
-        store_folder(run.recipe), tuple(c.name for c in found), versions_of(found), base_folder(run), plan, settings.num_negatives, scores
+        store_folder(run.recipe),
+        tuple(c.name for c in found),
+        versions_of(found),
+        base_folder(run),
+        plan,
+        settings.num_negatives,
+        scores,
     )
 
 
@@ -209,17 +227,30 @@ def _train(run: Run, stage: str, key: str, settings: TrainSettings, batches: Any
         return ray_train.run(_job(run, stage, key, settings), batches, run.recipe.scale, str(storage), name)
 
 
-def _contrastive(run: Run, stage: str, settings: TrainSettings, weights: list[float] | None, facts: dict[str, Any], label: str) -> dict[str, Any]:
-    key = key_of("train", settings.model_dump(mode="json"), model_key(run), _negatives_key(run), weights, run.recipe.seed)
+def _contrastive(
+    run: Run, stage: str, settings: TrainSettings, weights: list[float] | None, facts: dict[str, Any], label: str
+) -> dict[str, Any]:
+    key = key_of(
+        "train", settings.model_dump(mode="json"), model_key(run), _negatives_key(run), weights, run.recipe.seed
+    )
 
     def work(progress: Progress) -> tuple[str, dict[str, Any]]:
         batches = batch_recipe(run, settings, weights, "homogeneous")
         counts = batches.plan.counts().tolist()
-        never = [n for n, c in zip(batches.names, counts, strict=True) if c == 0 and (weights is None or weights[batches.names.index(n)] > 0)]
+        never = [
+            n
+            for n, c in zip(batches.names, counts, strict=True)
+            if c == 0 and (weights is None or weights[batches.names.index(n)] > 0)
+        ]
         done = _train(run, stage, key, settings, batches, progress)
         warnings = [f"weight of {n} rounds to no step" for n in never]
         line = f"{label}, {settings.steps} steps of {settings.batch_size} rows, loss {done['loss']:.3f}, {done['tokens_per_s']:,.0f} tokens/s"
-        return line, {**facts, **done, "steps_per_task": dict(zip(batches.names, counts, strict=True)), "warnings": warnings}
+        return line, {
+            **facts,
+            **done,
+            "steps_per_task": dict(zip(batches.names, counts, strict=True)),
+            "warnings": warnings,
+        }
 
     return run.do(Stage(stage, key, (run.path(stage) / "model" / "tdro.json",), work))
 
@@ -257,7 +288,10 @@ def score(run: Run) -> dict[str, Any]:
             lambda done: progress.update(f"step {done} of {settings.steps}", done / settings.steps),
         )
         rows = settings.steps * settings.batch_size
-        return f"{rows:,} rows x {1 + settings.num_negatives} passages ({new} of {settings.steps} steps new)", {"steps": settings.steps, "rows": rows}
+        return f"{rows:,} rows x {1 + settings.num_negatives} passages ({new} of {settings.steps} steps new)", {
+            "steps": settings.steps,
+            "rows": rows,
+        }
 
     return run.do(Stage("score", key_of(draw_key, settings.steps), (out,), work))
 
@@ -265,10 +299,14 @@ def score(run: Run) -> dict[str, Any]:
 def optimize(run: Run) -> dict[str, Any]:
     """Stage 1: the proxy and the task weights."""
     settings = run.recipe.optimize
+    _check_measure(settings)
     scores_key, scores = scores_folder(run, settings)
     key = key_of("optimize", settings.model_dump(mode="json"), scores_key, model_key(run), run.recipe.seed)
     names = [*_learned_names(settings)]
-    outputs = (*tuple(run.folder / "weights" / f"{n}.json" for n in names), run.folder / "weights" / "trajectory.parquet")
+    outputs = (
+        *tuple(run.folder / "weights" / f"{n}.json" for n in names),
+        run.folder / "weights" / "trajectory.parquet",
+    )
 
     def work(progress: Progress) -> tuple[str, dict[str, Any]]:
         batches = batch_recipe(run, settings, None, "stratified", scores)
@@ -276,6 +314,18 @@ def optimize(run: Run) -> dict[str, Any]:
         return _write_weights(run, settings, key, done)
 
     return run.do(Stage("optimize", key, outputs, work))
+
+
+def _check_measure(settings: OptimizeSettings) -> None:
+    """Refuse a wrong option here, not in a worker after the model is loaded."""
+    if settings.measure_options:
+        from tdro_ray.dro.measures import measure_options
+
+        check_names(
+            settings.measure_options,
+            measure_options(settings.measure),
+            f"optimize.measure_options of {settings.measure!r}",
+        )
 
 
 def _learned_names(settings: OptimizeSettings) -> list[str]:
@@ -302,14 +352,24 @@ def _write_weights(run: Run, settings: OptimizeSettings, key: str, done: dict[st
         "data": {c.name: c.manifest.hash for c in found},
         "key": key,
     }
-    files = {name: WeightFile(dict(zip(sizes, alpha, strict=True)), sizes, {**meta, "kind": name, "effective_tasks": effective_tasks(torch.tensor(alpha))}) for name, alpha in alphas.items()}
+    files = {
+        name: WeightFile(
+            dict(zip(sizes, alpha, strict=True)),
+            sizes,
+            {**meta, "kind": name, "effective_tasks": effective_tasks(torch.tensor(alpha))},
+        )
+        for name, alpha in alphas.items()
+    }
     for percent in settings.top_percent:
         files[f"top{percent}"] = files["current"].selected(percent)
     for name, file in files.items():
         write_weights(folder / f"{name}.json", file)
     shutil.copy2(stage / "trajectory.parquet", folder / ".trajectory.tmp")
     (folder / ".trajectory.tmp").replace(folder / "trajectory.parquet")
-    high, low = max(sizes, key=files["current"].weights.__getitem__), min(sizes, key=files["current"].weights.__getitem__)
+    high, low = (
+        max(sizes, key=files["current"].weights.__getitem__),
+        min(sizes, key=files["current"].weights.__getitem__),
+    )
     alpha = files["current"].weights
     line = f"{settings.steps} steps by {settings.measure}, alpha from {alpha[low]:.3f} ({low}) to {alpha[high]:.3f} ({high}), {effective:.1f} effective tasks"
     return line, {**done, "effective_tasks": effective}
@@ -335,13 +395,18 @@ def weights_of(run: Run, name: str) -> dict[str, float]:
         path = Path(name)
     if not path.exists():
         known = [*_learned_names(run.recipe.optimize), "proportional"]
-        raise ConfigError(f"No weights {name!r}. Learned and built-in: {', '.join(known)}; or a path to a weight file (.json). Run `tdro optimize {run.recipe.name}` for the learned ones.")
+        raise ConfigError(
+            f"No weights {name!r}. Learned and built-in: {', '.join(known)}; or a path to a weight file (.json). Run `tdro optimize {run.recipe.name}` for the learned ones."
+        )
     return read_weights(path, known=sizes).weights
 
 
 def model_folders(run: Run) -> dict[str, tuple[str, Path]]:
     """Trained models: name -> (key, model folder); the baseline first."""
-    stages = {BASELINE: "reference", **{_model_name(n): f"finetune-{_model_name(n)}" for n in (*run.recipe.weights, *run.recipe.compare)}}
+    stages = {
+        BASELINE: "reference",
+        **{_model_name(n): f"finetune-{_model_name(n)}" for n in (*run.recipe.weights, *run.recipe.compare)},
+    }
     out = {}
     for name, stage in stages.items():
         manifest = run.manifest(stage)
@@ -367,7 +432,9 @@ def tests_of(run: Run) -> dict[str, RetrievalTest]:
             raise DataError(f"evaluate.extra_tests: no folder {folder}.")
         tests[Path(folder).name] = read_beir(Path(folder))
     if not tests:
-        raise DataError("No task has a test split. Put corpus.jsonl, queries.jsonl and qrels/test.tsv into a task folder, or set evaluate.extra_tests.")
+        raise DataError(
+            "No task has a test split. Put corpus.jsonl, queries.jsonl and qrels/test.tsv into a task folder, or set evaluate.extra_tests."
+        )
     return tests
 
 
@@ -376,7 +443,9 @@ def evaluate(run: Run) -> dict[str, Any]:
     recipe, settings = run.recipe, run.recipe.evaluate
     models = model_folders(run)
     if not models:
-        raise ConfigError(f"No trained model to evaluate. Run `tdro reference {recipe.name}` or `tdro run {recipe.name}` first.")
+        raise ConfigError(
+            f"No trained model to evaluate. Run `tdro reference {recipe.name}` or `tdro run {recipe.name}` first."
+        )
     data = {c.name: c.manifest.source_key for c in collections(run)}
     keys = {name: key_of("evaluate", settings.model_dump(mode="json"), key, data) for name, (key, _) in models.items()}
     outputs = tuple(run.folder / "eval" / f"{name}.json" for name in models)
@@ -395,8 +464,16 @@ def evaluate(run: Run) -> dict[str, Any]:
                     progress.update(f"{name}: {done:,} of {total:,} texts", done / total)
 
                 metrics, queries, runs = evaluate_model(
-                    folder, tests, recipe.scale.num_workers, recipe.scale.cpus_per_worker, recipe.scale.use_gpu,
-                    settings.batch_tokens, settings.ndcg_at, settings.recall_at, f"evaluate:{name}", show,
+                    folder,
+                    tests,
+                    recipe.scale.num_workers,
+                    recipe.scale.cpus_per_worker,
+                    recipe.scale.use_gpu,
+                    settings.batch_tokens,
+                    settings.ndcg_at,
+                    settings.recall_at,
+                    f"evaluate:{name}",
+                    show,
                 )
                 for task, hits in runs.items():
                     write_run(run.folder / "eval" / "runs" / name / f"{task}.trec", hits, name)
@@ -415,11 +492,15 @@ def best_model(run: Run) -> str:
     models = model_folders(run)
     if run.recipe.index.model:
         if run.recipe.index.model not in models:
-            raise ConfigError(f"index.model {run.recipe.index.model!r} is no trained model of this run: {', '.join(models) or 'none yet'}.")
+            raise ConfigError(
+                f"index.model {run.recipe.index.model!r} is no trained model of this run: {', '.join(models) or 'none yet'}."
+            )
         return run.recipe.index.model
     means = run.manifest("evaluate").get("summary", {}).get("mean")
     if not means:
-        raise ConfigError(f"Nothing is evaluated yet, so no model is the best. Run `tdro evaluate {run.recipe.name}`, or set index.model.")
+        raise ConfigError(
+            f"Nothing is evaluated yet, so no model is the best. Run `tdro evaluate {run.recipe.name}`, or set index.model."
+        )
     return max(means, key=lambda name: next(iter(means[name].values())))
 
 
@@ -433,14 +514,26 @@ def index(run: Run) -> dict[str, Any]:
     chosen = best_model(run)
     model_id, folder = model_folders(run)[chosen]
     wanted = [c for c in collections(run) if not recipe.index.tasks or c.name in recipe.index.tasks]
-    key = key_of("index", recipe.index.model_dump(mode="json"), model_id, {c.name: [c.manifest.hash, c.manifest.source_key] for c in wanted})
+    key = key_of(
+        "index",
+        recipe.index.model_dump(mode="json"),
+        model_id,
+        {c.name: [c.manifest.hash, c.manifest.source_key] for c in wanted},
+    )
 
     def work(progress: Progress) -> tuple[str, dict[str, Any]]:
         from tdro_ray.index.build import build_index
 
         made = build_index(
-            _documents(wanted), folder, index_folder(run), recipe.index.factory, recipe.evaluate.batch_tokens,
-            scale.num_workers, scale.cpus_per_worker, scale.use_gpu, lambda phase, done, total: progress.update(f"{phase} {done:,} of {total:,}", done / max(1, total)),
+            _documents(wanted),
+            folder,
+            index_folder(run),
+            recipe.index.factory,
+            recipe.evaluate.batch_tokens,
+            scale.num_workers,
+            scale.cpus_per_worker,
+            scale.use_gpu,
+            lambda phase, done, total: progress.update(f"{phase} {done:,} of {total:,}", done / max(1, total)),
         )
         return f"{made['documents']:,} documents, {recipe.index.factory}, model {chosen}", {**made, "model": chosen}
 

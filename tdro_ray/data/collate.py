@@ -58,7 +58,9 @@ class Collator:
         self.recipe = recipe
         self.tokenizer = TextTokenizer(recipe.model)
         store = CollectionStore(recipe.store)
-        self.collections = [store[name].at_version(version) for name, version in zip(recipe.names, recipe.versions, strict=True)]
+        self.collections = [
+            store[name].at_version(version) for name, version in zip(recipe.names, recipe.versions, strict=True)
+        ]
         self._scores: Any = None
 
     def batch(self, step: int, rank: int, num_workers: int) -> Batch:
@@ -82,7 +84,9 @@ class Collator:
             task_B=task_B,
             row_B=row_B,
             passage_key_BP=key_BP,
-            positive_key_BK=np.array([[*p, *[-1] * (most - len(p))] for p in positives], np.int64).reshape(len(positives), most),
+            positive_key_BK=np.array([[*p, *[-1] * (most - len(p))] for p in positives], np.int64).reshape(
+                len(positives), most
+            ),
             ids=np.concatenate([np.asarray(s, np.int32) for s in sequences]) if sequences else np.zeros(0, np.int32),
             length_S=np.array([len(s) for s in sequences], np.int64),
             reference_BP=self._reference(step, part, key_BP),

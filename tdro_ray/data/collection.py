@@ -82,7 +82,9 @@ class Collection:
         """The `lance.LanceDataset` of rows, at the version that the manifest knows: a mining cut short is not seen."""
         import lance
 
-        return lance.dataset(str(self.folder / "rows.lance"), version=self._version or self.manifest.negatives.get("version", 1))
+        return lance.dataset(
+            str(self.folder / "rows.lance"), version=self._version or self.manifest.negatives.get("version", 1)
+        )
 
     @cached_property
     def passages(self) -> Any:
@@ -139,7 +141,9 @@ class CollectionStore:
         """All tasks; raises DataError when there is none."""
         names = self.names()
         if not names:
-            raise DataError(f"The collection store {self.root} holds no task. Run `tdro ingest` first, or set data.store.")
+            raise DataError(
+                f"The collection store {self.root} holds no task. Run `tdro ingest` first, or set data.store."
+            )
         return [Collection(self.root / name) for name in names]
 
 
@@ -149,12 +153,15 @@ def read_beir(folder: Path, split: str = "test") -> RetrievalTest:
     Raises DataError that names the file and line of the first bad record, or the missing file.
     """
     corpus = tuple(
-        Passage(_text(r, "_id", at), _text(r, "text", at), r.get("title") or "") for r, at in _jsonl(folder, "corpus.jsonl")
+        Passage(_text(r, "_id", at), _text(r, "text", at), r.get("title") or "")
+        for r, at in _jsonl(folder, "corpus.jsonl")
     )
     queries = {_text(r, "_id", at): _text(r, "text", at) for r, at in _jsonl(folder, "queries.jsonl")}
     path = folder / "qrels" / f"{split}.tsv"
     if not path.exists():
-        raise DataError(f"{folder} has no qrels/{split}.tsv; a BEIR test needs corpus.jsonl, queries.jsonl and qrels/{split}.tsv.")
+        raise DataError(
+            f"{folder} has no qrels/{split}.tsv; a BEIR test needs corpus.jsonl, queries.jsonl and qrels/{split}.tsv."
+        )
     qrels: dict[str, dict[str, int]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -165,7 +172,9 @@ def read_beir(folder: Path, split: str = "test") -> RetrievalTest:
         if number == 1 and not parts[-1].strip().lstrip("-").isdigit():
             continue  # header
         if len(parts) != 3 or not parts[2].strip().lstrip("-").isdigit():
-            raise DataError(f"{path}:{number}: expected query-id, corpus-id and an integer relevance separated by tabs, got {line!r:.120}.")
+            raise DataError(
+                f"{path}:{number}: expected query-id, corpus-id and an integer relevance separated by tabs, got {line!r:.120}."
+            )
         if parts[0] in queries:
             qrels.setdefault(parts[0], {})[parts[1]] = int(parts[2])
     if not qrels:
@@ -176,7 +185,9 @@ def read_beir(folder: Path, split: str = "test") -> RetrievalTest:
 def write_beir(folder: Path, test: RetrievalTest, split: str = "test") -> None:
     """Write a test in BEIR layout, corpus and queries gzipped with a fixed time stamp."""
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    _write_jsonl_gz(folder / "corpus.jsonl.gz", ({"_id": p.docid, "title": p.title, "text": p.text} for p in test.corpus))
+    _write_jsonl_gz(
+        folder / "corpus.jsonl.gz", ({"_id": p.docid, "title": p.title, "text": p.text} for p in test.corpus)
+    )
     _write_jsonl_gz(folder / "queries.jsonl.gz", ({"_id": q, "text": t} for q, t in test.queries.items()))
     lines = ["query-id\tcorpus-id\tscore"]
     lines += [f"{q}\t{d}\t{score}" for q, judged in test.qrels.items() for d, score in judged.items()]
@@ -194,7 +205,9 @@ def _jsonl(folder: Path, name: str) -> Iterator[tuple[dict[str, Any], str]]:
     if not path.exists():
         path = folder / f"{name}.gz"
     if not path.exists():
-        raise DataError(f"{folder} has no {name} (or {name}.gz); a BEIR test needs corpus.jsonl, queries.jsonl and qrels/<split>.tsv.")
+        raise DataError(
+            f"{folder} has no {name} (or {name}.gz); a BEIR test needs corpus.jsonl, queries.jsonl and qrels/<split>.tsv."
+        )
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as file:
         for number, line in enumerate(file, 1):

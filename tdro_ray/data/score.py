@@ -45,16 +45,18 @@ def score(
     missing = recipe.plan.num_steps - done
     if missing <= 0:
         return 0
-    dataset = (
-        ray.data.range(missing, override_num_blocks=missing)
-        .map_batches(
-            _Scorer,
-            fn_constructor_kwargs={"recipe": recipe, "reference": str(reference), "first": done, "batch_tokens": batch_tokens},
-            batch_size=1,
-            num_cpus=cpus,
-            num_gpus=1 if use_gpu else 0,
-            compute=ray.data.ActorPoolStrategy(size=num_actors),
-        )
+    dataset = ray.data.range(missing, override_num_blocks=missing).map_batches(
+        _Scorer,
+        fn_constructor_kwargs={
+            "recipe": recipe,
+            "reference": str(reference),
+            "first": done,
+            "batch_tokens": batch_tokens,
+        },
+        batch_size=1,
+        num_cpus=cpus,
+        num_gpus=1 if use_gpu else 0,
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
     )
     dataset.context.execution_options.preserve_order = True
     dataset.set_name("score")

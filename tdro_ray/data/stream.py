@@ -40,7 +40,9 @@ class PlanSource(Datasource):
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
-    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
         reference = ray.put(self._recipe)
         return [
             ReadTask(_Share(reference, step, rank, self._num_workers), BlockMetadata(1, None, None, None))
@@ -84,7 +86,9 @@ class PlanDataConfig(DataConfig):
         super().__init__()
         self._recipe, self._run_folder, self._cpus, self._dataset_name = recipe, run_folder, cpus_per_task, name
 
-    def configure(self, datasets: Any, world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any) -> list[dict[str, Any]]:
+    def configure(
+        self, datasets: Any, world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
+    ) -> list[dict[str, Any]]:
         quiet()
         start = checkpointed_step(self._run_folder)
         if start >= self._recipe.plan.num_steps:  # finished but not yet collected: nothing to read

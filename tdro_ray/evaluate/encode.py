@@ -82,7 +82,13 @@ def evaluate_model(
     for task, test in tests.items():
         middle, end = at + len(test.queries), at + len(test.queries) + len(test.corpus)
         metrics[task], values, runs[task] = evaluate_task(
-            vector_TD[at:middle], list(test.queries), vector_TD[middle:end], [p.docid for p in test.corpus], test.qrels, ndcg_at, recall_at
+            vector_TD[at:middle],
+            list(test.queries),
+            vector_TD[middle:end],
+            [p.docid for p in test.corpus],
+            test.qrels,
+            ndcg_at,
+            recall_at,
         )
         queries[task] = values[f"ndcg@{ndcg_at}"]
         at = end
@@ -106,7 +112,11 @@ class _Embedder:
             self.encoder.encode(list(texts), kind, task, self.batch_tokens)
             for texts, kind, task in zip(batch["texts"], batch["kind"], batch["task"], strict=True)
         ]
-        return {"at": list(batch["at"]), "dim": [v.shape[1] for v in vectors], "vectors": [v.tobytes() for v in vectors]}
+        return {
+            "at": list(batch["at"]),
+            "dim": [v.shape[1] for v in vectors],
+            "vectors": [v.tobytes() for v in vectors],
+        }
 
 
 def _runs(items: Sequence[tuple[str, Kind, str]]) -> list[tuple[int, int]]:

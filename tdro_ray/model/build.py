@@ -27,7 +27,9 @@ def build_base(settings: ModelSettings, spec: RetrieverSpec, texts: Iterator[str
     torch.manual_seed(seed)
     if settings.name == "tiny":
         tokenizer = train_tokenizer(texts, settings.tiny.vocab_size)
-        backbone = tiny_backbone(settings.tiny, len(tokenizer), tokenizer.eos_token_id, max(spec.query_length, spec.passage_length))
+        backbone = tiny_backbone(
+            settings.tiny, len(tokenizer), tokenizer.eos_token_id, max(spec.query_length, spec.passage_length)
+        )
     else:
         backbone = load_backbone(settings.name, settings.dtype)
         tokenizer = load_tokenizer(settings.name)
@@ -91,7 +93,9 @@ def load_tokenizer(name: str) -> Any:
             "Put tokenizer.json and tokenizer_config.json into the folder: AutoTokenizer.from_pretrained(…).save_pretrained(folder)."
         ) from err
     if not getattr(tokenizer, "is_fast", False):
-        raise CheckpointError(f"Model {name!r} has only a slow tokenizer; convert it to a fast one (tokenizer.json) first.")
+        raise CheckpointError(
+            f"Model {name!r} has only a slow tokenizer; convert it to a fast one (tokenizer.json) first."
+        )
     return tokenizer
 
 

@@ -32,7 +32,9 @@ def padded_tokens(length_S: npt.ArrayLike, chunks: list[Ints]) -> int:
     return int(sum(length_S[c].max() * len(c) for c in chunks if len(c)))
 
 
-def pad_rows(flat: npt.NDArray[np.int32], offset_S: Ints, length_S: Ints, chunk: Ints, pad_id: int) -> npt.NDArray[np.int64]:
+def pad_rows(
+    flat: npt.NDArray[np.int32], offset_S: Ints, length_S: Ints, chunk: Ints, pad_id: int
+) -> npt.NDArray[np.int64]:
     """Return the (len(chunk), longest) token ids of a chunk, padded on the right, from the flattened batch.
 
     Sequence i occupies ``flat[offset_S[i] : offset_S[i] + length_S[i]]``.

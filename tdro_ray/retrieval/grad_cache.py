@@ -23,7 +23,9 @@ from torch import Tensor
 
 from tdro_ray.retrieval.chunks import Ints, length_chunks, padded_tokens
 
-LENGTH_GROUPS = 4  # forwards that a batch within the budget is split into, so that short texts are not padded to long ones
+LENGTH_GROUPS = (
+    4  # forwards that a batch within the budget is split into, so that short texts are not padded to long ones
+)
 
 
 def plan_chunks(length_S: Ints, token_budget: int) -> tuple[list[Ints], bool]:

@@ -1,9 +1,9 @@
 """Checkpoints of a training run: everything that it needs to go on exactly. The manifest is written last.
 
-    weights.pt     trainable parameters and optimiser state (as the backend gathers them)
-    dro.pt         task weights and trajectory (stage 1 only)
-    model/         the finished model folder (last checkpoint only)
-    manifest.json  step and settings key
+weights.pt     trainable parameters and optimiser state (as the backend gathers them)
+dro.pt         task weights and trajectory (stage 1 only)
+model/         the finished model folder (last checkpoint only)
+manifest.json  step and settings key
 """
 
 from __future__ import annotations

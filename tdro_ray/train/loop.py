@@ -20,7 +20,7 @@ import torch
 from tdro_ray.config import ModelSettings, OptimizeSettings, TrainSettings
 from tdro_ray.data.collate import Batch
 from tdro_ray.dro.files import write_trajectory
-from tdro_ray.dro.weights import TaskWeights
+from tdro_ray.dro.weights import TaskWeights, eta_at
 from tdro_ray.errors import TdroError
 from tdro_ray.model.encoder import Retriever, load_retriever, save_retriever
 from tdro_ray.train import checkpoint
@@ -49,7 +49,9 @@ def train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
     torch.set_flush_denormal(True)  # softmax at small temperatures makes denormals, which CPUs crawl through
     settings, device = job.settings, context.device
     found = context.latest_checkpoint()
-    batches = context.batches(checkpoint.steps_done(found, job.key) if found else 0)  # asked for first: data starts while the model loads
+    batches = context.batches(
+        checkpoint.steps_done(found, job.key) if found else 0
+    )  # asked for first: data starts while the model loads
     torch.manual_seed(job.seed)
     retriever = _trainable(load_retriever(job.base, job.model.dtype), job.model).to(device)
     backend: Backend = BACKENDS[job.backend](retriever, settings)
@@ -63,6 +65,7 @@ def train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
         torch.manual_seed(_step_seed(job.seed, batch.step, context.rank))  # dropout goes on exactly after a restart
         if isinstance(settings, OptimizeSettings):
             assert weights is not None
+            weights.eta = eta_at(batch.step, settings.steps, settings.eta, settings.eta_schedule, settings.hold)
             result = dro_step(backend, weights, batch, settings, job.tasks, retriever.spec.pad_token_id, device)
             trajectory.append((batch.step, result.detail["alpha"], result.detail["signal"]))
         else:
@@ -74,7 +77,9 @@ def train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
         if start % settings.checkpoint_every == 0 or start == settings.steps:
             _checkpoint(job, context, backend, weights, trajectory, start, retriever)
     if start != settings.steps:
-        raise TdroError(f"The batches ended after {start} of {settings.steps} steps. Run the stage again: it goes on from its checkpoint.")
+        raise TdroError(
+            f"The batches ended after {start} of {settings.steps} steps. Run the stage again: it goes on from its checkpoint."
+        )
     return {"loss": log.last_loss, "steps": start, "tokens_per_s": log.mean_rate(), "data_wait_share": log.wait_share()}
 
 
@@ -108,7 +113,15 @@ def _trainable(retriever: Retriever, model: ModelSettings) -> Retriever:
 def _task_weights(settings: TrainSettings, num_tasks: int) -> TaskWeights | None:
     if not isinstance(settings, OptimizeSettings):
         return None
-    return TaskWeights(num_tasks, settings.eta, settings.clip, settings.ema, settings.floor, absent=settings.absent)
+    return TaskWeights(
+        num_tasks,
+        settings.eta,
+        settings.clip,
+        settings.ema,
+        settings.floor,
+        absent=settings.absent,
+        momentum=settings.momentum,
+    )
 
 
 def _restore(
@@ -147,7 +160,7 @@ def _checkpoint(
 
 def _write_weights(folder: Path, job: TrainJob, weights: TaskWeights, trajectory: list[Any]) -> None:
     steps, alpha_SG, signal_SG = zip(*trajectory, strict=True)
-    write_trajectory(folder / "trajectory.parquet", steps, list(job.tasks.names), torch.tensor(alpha_SG), torch.tensor(signal_SG))
+    write_trajectory(folder / "trajectory.parquet", steps, list(job.tasks.names), alpha_SG, signal_SG)
     found = {"current": weights.alpha_G, "mean": weights.mean_G, "ema": weights.ema_G}
     (folder / "alpha.json").write_text(json.dumps({k: v.tolist() for k, v in found.items()}), encoding="utf-8")
 

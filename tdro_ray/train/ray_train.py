@@ -56,7 +56,9 @@ def run(job: TrainJob, batches: BatchRecipe, scale: ScaleSettings, storage: str,
     Raises the worker's own TdroError where it is one.
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard shows Train runs only with it
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a checkpoint waits for this beat: 2 s by default
+    os.environ.setdefault(
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
+    )  # a checkpoint waits for this beat: 2 s by default
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},

@@ -99,8 +99,9 @@ def dro_step(
     task_N = task_N.long()
     _check_finite(loss_N.sum() + reference_N.sum(), batch, tasks)
     num_tasks = len(tasks.names)
+    options = settings.measure_options
     signal_G = signal(
-        settings.measure, loss_N, reference_N, task_N, num_tasks, group_rows=settings.group_rows
+        settings.measure, loss_N, reference_N, task_N, num_tasks, group_rows=settings.group_rows, **options
     )
     present_G = task_counts(task_N, num_tasks) > 0
     weights.update(signal_G, present_G)
@@ -119,7 +120,9 @@ def dro_step(
     return StepResult(robust, len(task_N), detail)
 
 
-def _cached_forward(backend: Backend, batch: Batch, token_budget: int, pad_id: int, device: torch.device) -> CachedForward:
+def _cached_forward(
+    backend: Backend, batch: Batch, token_budget: int, pad_id: int, device: torch.device
+) -> CachedForward:
     """Agree with all workers on one pass or two and on the number of chunks, or sharded backends would hang."""
     chunks, one_pass = plan_chunks(batch.length_S, token_budget)
     if world()[1] > 1:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a header whatever the verbosity
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a recipe mean the same in a trial
 }
 LOGGERS = ("ray.tune", "ray.train", "ray.air")

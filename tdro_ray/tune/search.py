@@ -13,18 +13,21 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tdro_ray import stages
 from tdro_ray.config import Recipe, TuneSettings
 from tdro_ray.errors import ConfigError, DataError, ResourceError, TdroError
+from tdro_ray.evaluate.significance import compare_mean, compare_tasks
 from tdro_ray.pipeline import Progress, Run, Stage, key_of, read_json, write_json
 from tdro_ray.tune.trial import Setting, Study, drop_models, run_trial, shortened, trial_folder
 
 DIGITS = 3  # significant digits of a tried value: what is reported is what was run
 PROCESS_MEMORY = 1.2e9  # bytes of a trial's process without its model: Python, torch, Ray, a few batches
 MODEL_MEMORY = 20  # bytes a parameter: weights, gradients, two moments of Adam, and the evaluated copy
+RESAMPLES = 4000  # of the bootstrap
 INTERVAL = 1.0  # seconds between two looks at the trials
 
 
@@ -38,7 +41,12 @@ def tune(run: Run) -> None:
     out = run.folder / "tune"
     recipe = run.recipe
     space = search_space(recipe)
-    key = key_of("study", study.key, recipe.tune.model_dump(mode="json", exclude={"concurrent", "cpus_per_trial"}), default_setting(recipe))
+    key = key_of(
+        "study",
+        study.key,
+        recipe.tune.model_dump(mode="json", exclude={"concurrent", "cpus_per_trial"}),
+        default_setting(recipe),
+    )
 
     def work(progress: Progress) -> tuple[str, dict[str, Any]]:
         from tdro_ray.tune.report import write_report
@@ -47,9 +55,9 @@ def tune(run: Run) -> None:
         print(why, flush=True)
         trials = search(study, space, recipe, concurrent, run.path("tune") / "ray", key, progress)
         write_json(out / "trials.json", trials)
-        best = best_of(recipe, trials, study.ndcg_at)
+        best = best_of(recipe, trials, study.folder)
         write_json(out / "best.json", best)
-        write_report(recipe, trials, best, study, out / "report.html")
+        write_report(recipe, trials, best, study.folder, out / "report.html")
         failed = sum(t["status"] == "failed" for t in trials)
         line = f"{len(trials)} trials{f', {failed} failed' if failed else ''}, {best['line']}"
         return line, {"trials": len(trials), "failed": failed, "best": best["set"], "warnings": best["warnings"]}
@@ -68,7 +76,9 @@ def prepare(run: Run) -> Study:
     recipe, settings = run.recipe, run.recipe.tune
     found = stages.collections(run)
     if not any(c.manifest.dev_queries for c in found):
-        raise DataError("No task has dev queries, which a trial is judged by. Set data.dev_queries to at least 1 (50 is usual); tasks are read again.")
+        raise DataError(
+            "No task has dev queries, which a trial is judged by. Set data.dev_queries to at least 1 (50 is usual); tasks are read again."
+        )
     # The scores of the longer of both runs, so that tuning never makes the scores of `tdro run` out of date.
     longer = recipe.optimize.model_copy(update={"steps": max(recipe.optimize.steps, settings.optimize_steps)})
     stages.score(Run(recipe.model_copy(update={"optimize": longer}), run.display, run.connect))
@@ -141,7 +151,11 @@ def preflight(recipe: Recipe, parameters: int, resources: dict[str, float]) -> t
     Raises ResourceError when not one trial fits, or fewer than `tune.concurrent`.
     """
     settings, memory = recipe.tune, PROCESS_MEMORY + MODEL_MEMORY * parameters
-    fit = {f"{resources.get('CPU', 0):g} CPUs at {settings.cpus_per_trial:g} a trial": int(resources.get("CPU", 0) / settings.cpus_per_trial + 1e-9)}
+    fit = {
+        f"{resources.get('CPU', 0):g} CPUs at {settings.cpus_per_trial:g} a trial": int(
+            resources.get("CPU", 0) / settings.cpus_per_trial + 1e-9
+        )
+    }
     if recipe.scale.use_gpu:
         fit[f"{resources.get('GPU', 0):g} GPUs at 1 a trial"] = int(resources.get("GPU", 0))
     tightest = min(fit, key=lambda name: fit[name])
@@ -149,7 +163,9 @@ def preflight(recipe: Recipe, parameters: int, resources: dict[str, float]) -> t
     if most < max(1, settings.concurrent):
         wanted = f"tune.concurrent={settings.concurrent} trials" if settings.concurrent else "one trial"
         mend = f"Set tune.concurrent to at most {most}" if most else "Take a larger cluster"
-        raise ResourceError(f"{wanted} cannot run at once: {tightest} make room for {most}. {mend}, or lower tune.cpus_per_trial.")
+        raise ResourceError(
+            f"{wanted} cannot run at once: {tightest} make room for {most}. {mend}, or lower tune.cpus_per_trial."
+        )
     by_memory = int(resources["memory"] / memory) if resources.get("memory") else most
     concurrent = settings.concurrent or max(1, min(most, by_memory, settings.trials))
     reason = tightest
@@ -159,7 +175,11 @@ def preflight(recipe: Recipe, parameters: int, resources: dict[str, float]) -> t
         reason = f"tune.concurrent; {tightest} make room for {most}"
     elif settings.trials < most:
         reason = f"no more are wanted; {tightest} make room for {most}"
-    tight = f" Memory is tight: about {concurrent * memory / 1e9:.0f} GB of {resources['memory'] / 1e9:.0f} GB." if by_memory < concurrent else ""
+    tight = (
+        f" Memory is tight: about {concurrent * memory / 1e9:.0f} GB of {resources['memory'] / 1e9:.0f} GB."
+        if by_memory < concurrent
+        else ""
+    )
     return concurrent, f"  {settings.trials} trials, {concurrent} at once ({reason}).{tight}"
 
 
@@ -167,7 +187,13 @@ def preflight(recipe: Recipe, parameters: int, resources: dict[str, float]) -> t
 
 
 def search(
-    study: Study, space: dict[str, tuple[str, Any]], recipe: Recipe, concurrent: int, storage: Path, key: str, progress: Progress
+    study: Study,
+    space: dict[str, tuple[str, Any]],
+    recipe: Recipe,
+    concurrent: int,
+    storage: Path,
+    key: str,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Run what is missing of the study and return its trials in order, the default setting first.
 
@@ -186,7 +212,10 @@ def search(
     with quiet_tune(), _watched(study, settings, progress):
         tuner = _restored(storage / name, trainable) or rt.Tuner(
             trainable,
-            param_space={field: rt.loguniform(*values) if kind == "log" else rt.choice(values) for field, (kind, values) in space.items()},
+            param_space={
+                field: rt.loguniform(*values) if kind == "log" else rt.choice(values)
+                for field, (kind, values) in space.items()
+            },
             tune_config=rt.TuneConfig(
                 metric=settings.objective,
                 mode="max",
@@ -242,7 +271,9 @@ def _searcher(study: Study, recipe: Recipe) -> Any:
     try:
         import optuna
     except ImportError as err:
-        raise ConfigError("tune.search optuna needs the package optuna: pip install 'tdro-ray[train]', or set tune.search=random.") from err
+        raise ConfigError(
+            "tune.search optuna needs the package optuna: pip install 'tdro-ray[train]', or set tune.search=random."
+        ) from err
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -257,7 +288,9 @@ def _searcher(study: Study, recipe: Recipe) -> Any:
 
 def _within(setting: Setting, space: dict[str, tuple[str, Any]]) -> bool:
     inside = {"log": lambda value, ends: ends[0] <= value <= ends[1], "choice": lambda value, values: value in values}
-    return set(setting) == set(space) and all(inside[kind](setting[name], values) for name, (kind, values) in space.items())
+    return set(setting) == set(space) and all(
+        inside[kind](setting[name], values) for name, (kind, values) in space.items()
+    )
 
 
 def _scheduler(settings: TuneSettings) -> Any:
@@ -275,11 +308,18 @@ def _record(study: Study, number: int, result: Any, settings: TuneSettings) -> d
     setting = rounded(result.config)
     folder = trial_folder(study, setting)
     done = read_json(folder / "result.json")
-    record: dict[str, Any] = {"number": number, "setting": setting, "folder": str(folder)}
+    record: dict[str, Any] = {"number": number, "id": folder.name, "setting": setting}
     if done:
         last = done["evaluations"][-1]
-        facts = {key: done[key] for key in ("alpha", "evaluations", "seconds", "loss", "per_query")}
-        return {**record, "status": "done", "objective": last[settings.objective], "mean": last["mean"], "worst": last["worst"], **facts}
+        facts = {key: done[key] for key in ("alpha", "evaluations", "seconds", "loss")}
+        return {
+            **record,
+            "status": "done",
+            "objective": last[settings.objective],
+            "mean": last["mean"],
+            "worst": last["worst"],
+            **facts,
+        }
     so_far = read_json(folder / "evaluations.json").get("evaluations", [])
     learned = read_json(folder / "optimize" / "done.json")
     alpha = dict(zip(study.tasks.names, learned.get("alpha", []), strict=False))
@@ -316,36 +356,46 @@ def _state(study: Study, settings: TuneSettings) -> tuple[str, float]:
     failed = sum((f / "error.json").exists() for f in folders)
     done = min(settings.trials, len(results) + failed)
     best = max((r["evaluations"][-1][settings.objective] for r in results), default=None)
-    text = f"{done} of {settings.trials} trials" + (f", best {settings.objective} {best:.3f}" if best is not None else "")
+    text = f"{done} of {settings.trials} trials" + (
+        f", best {settings.objective} {best:.3f}" if best is not None else ""
+    )
     return text, done / settings.trials
 
 
 # What came of it
 
 
-def best_of(recipe: Recipe, trials: list[dict[str, Any]], ndcg_at: int) -> dict[str, Any]:
-    """Return what `best.json` holds: the best finished trial, its settings as `--set` strings, and the default beside it."""
+def best_of(recipe: Recipe, trials: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Return what `best.json` holds: the best finished trial, its settings as `--set` strings, and how it compares.
+
+    `folder` holds the trials' folders. The comparison with the recipe's own setting, trial 0, is paired over the dev
+    queries; it is left out where one of both has no result or they are the same.
+    """
     finished = [t for t in trials if t["status"] == "done"]
     best = max(finished, key=lambda t: t["objective"])
-    default = next((t for t in finished if t["number"] == 0), None)
+    own = next((t for t in finished if t["number"] == 0), None)
     options = [f"optimize.{name}={_yaml(value)}" for name, value in best["setting"].items()]
-    kind = recipe.tune.objective
-    line = f"best {kind} nDCG@{ndcg_at} {best['objective']:.3f} (trial {best['number']})"
-    found: dict[str, Any] = {"trial": best["number"], "setting": best["setting"], "set": options, "objective": best["objective"], "mean": best["mean"], "worst": best["worst"]}
-    warnings = []
-    if default is not None and default is not best:
-        from dataclasses import asdict
-
-        from tdro_ray.evaluate.significance import compare_mean
-
-        against = asdict(compare_mean(best["per_query"], default["per_query"], resamples=4000))
-        found |= {"default": {k: default[k] for k in ("number", "setting", "objective", "mean", "worst")}, "mean_against_default": against}
-        line += f", the recipe's setting {default['objective']:.3f}"
-        if against["low"] <= 0:
-            warnings.append("the best trial is not clearly better than the recipe's own setting")
-    elif default is best:
-        line += ", the recipe's own setting"
-    return {**found, "line": line, "warnings": warnings, "command": " ".join(["tdro run", recipe.name, *(f"--set {o}" for o in options)])}
+    facts = {key: best[key] for key in ("setting", "objective", "mean", "worst")}
+    command = " ".join(["tdro run", recipe.name, *(f"--set {o}" for o in options)])
+    line = (
+        f"best {recipe.tune.objective} nDCG@{recipe.evaluate.ndcg_at} {best['objective']:.3f} (trial {best['number']})"
+    )
+    found = {"trial": best["number"], **facts, "set": options, "command": command}
+    if own is best:
+        return {**found, "line": f"{line}, the recipe's own setting", "warnings": []}
+    if own is None:
+        return {**found, "line": line, "warnings": ["the recipe's own setting has no result to compare with"]}
+    ours, theirs = (read_json(folder / t["id"] / "result.json")["per_query"] for t in (best, own))
+    mean = compare_mean(ours, theirs, resamples=RESAMPLES)
+    tasks = compare_tasks(ours, theirs, resamples=RESAMPLES)
+    return {
+        **found,
+        "default": {key: own[key] for key in ("number", "setting", "objective", "mean", "worst")},
+        "mean_against_default": asdict(mean),
+        "tasks_against_default": {task: {**asdict(c), "p_holm": p} for task, (c, p) in tasks.items()},
+        "line": f"{line}, the recipe's own setting {own['objective']:.3f}",
+        "warnings": [] if mean.low > 0 else ["the best trial is not clearly better than the recipe's own setting"],
+    }
 
 
 def _yaml(value: Any) -> str:
@@ -353,10 +403,14 @@ def _yaml(value: Any) -> str:
 
 
 def _closing(run: Run, best: dict[str, Any], out: Path) -> None:
-    print(f"\n{best['line'][0].upper()}{best['line'][1:]}: {', '.join(o.removeprefix('optimize.') for o in best['set'])}")
+    print(
+        f"\n{best['line'][0].upper()}{best['line'][1:]}: {', '.join(o.removeprefix('optimize.') for o in best['set'])}"
+    )
     against = best.get("mean_against_default")
     if against:
-        print(f"Mean over tasks against the recipe's setting: {against['mean_diff']:+.4f} (95% interval {against['low']:+.4f} to {against['high']:+.4f}, over dev queries)")
+        print(
+            f"Mean over tasks against the recipe's setting: {against['mean_diff']:+.4f} (95% interval {against['low']:+.4f} to {against['high']:+.4f}, over dev queries)"
+        )
     print(f"Report: {out / 'report.html'}\n\nNext:\n  {best['command']}")
     if os.environ.get("RAY_ADDRESS"):
         return

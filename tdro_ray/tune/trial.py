@@ -54,7 +54,9 @@ def trial_folder(study: Study, setting: Setting) -> Path:
     return study.folder / key_of(study.key, setting)
 
 
-def run_trial(study: Study, setting: Setting, report: Callable[[dict[str, Any]], None] = lambda metrics: None) -> dict[str, Any]:
+def run_trial(
+    study: Study, setting: Setting, report: Callable[[dict[str, Any]], None] = lambda metrics: None
+) -> dict[str, Any]:
     """Run the trial, or what is left of it, and return its result: evaluations, seconds and alpha.
 
     `report` gets the metrics of every evaluation in order, those of an earlier start of the trial too. Of the files
@@ -123,7 +125,9 @@ def _learn(study: Study, setting: Setting, out: Path) -> dict[str, Any]:
     return done
 
 
-def _finetune(study: Study, alpha: list[float], folder: Path, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _finetune(
+    study: Study, alpha: list[float], folder: Path, report: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """Stage 2 under the weights, evaluated along the way."""
     from tdro_ray.data.stream import local_batches
     from tdro_ray.train.context import LocalContext
@@ -172,7 +176,12 @@ class _Evaluations:
         began = time.monotonic()
         per_query = evaluate_dev(self.study, load_checkpoint(self.job, checkpoint, self.study.device))
         tasks = {task: sum(scores.values()) / len(scores) for task, scores in per_query.items()}
-        evaluation = {"step": step, "mean": sum(tasks.values()) / len(tasks), "worst": min(tasks.values()), "tasks": tasks}
+        evaluation = {
+            "step": step,
+            "mean": sum(tasks.values()) / len(tasks),
+            "worst": min(tasks.values()),
+            "tasks": tasks,
+        }
         self.spent += time.monotonic() - began
         seconds = round(self.kept["evaluate"] + time.monotonic() - began, 2)
         self.kept = {"evaluations": [*known, evaluation], "per_query": per_query, "evaluate": seconds}
@@ -204,7 +213,9 @@ def evaluate_dev(study: Study, encoder: Any) -> dict[str, dict[str, float]]:
     from tdro_ray.evaluate.benchmark import evaluate_task
 
     found = {}
-    for task, (query_ids, queries, docids, passages, qrels) in _dev_sets(study.batches.store, study.batches.names, study.batches.model).items():
+    for task, (query_ids, queries, docids, passages, qrels) in _dev_sets(
+        study.batches.store, study.batches.names, study.batches.model
+    ).items():
         vectors = [encoder.embed_ids(ids, study.batch_tokens) for ids in (queries, passages)]
         _, values, _ = evaluate_task(vectors[0], query_ids, vectors[1], docids, qrels, study.ndcg_at, study.ndcg_at)
         found[task] = values[f"ndcg@{study.ndcg_at}"]
@@ -212,7 +223,9 @@ def evaluate_dev(study: Study, encoder: Any) -> dict[str, dict[str, float]]:
 
 
 @lru_cache(maxsize=1)
-def _dev_sets(store: Path, names: tuple[str, ...], model: Path) -> dict[str, tuple[list[str], Any, list[str], Any, Any]]:
+def _dev_sets(
+    store: Path, names: tuple[str, ...], model: Path
+) -> dict[str, tuple[list[str], Any, list[str], Any, Any]]:
     """Query ids and tokens, passage ids and tokens, judgements of every dev split; read once for all trials of a process."""
     from tdro_ray.data.collection import CollectionStore
     from tdro_ray.model.tokenize import TextTokenizer

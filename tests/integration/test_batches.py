@@ -52,7 +52,10 @@ def run(tmp_path_factory):
 
 @ray.remote(num_cpus=0.1)
 def consume(split):
-    return [(t["step"][0].as_py(), t["rank"][0].as_py(), t["batch"][0].as_py()) for t in split.iter_batches(batch_size=1, batch_format="pyarrow")]
+    return [
+        (t["step"][0].as_py(), t["rank"][0].as_py(), t["batch"][0].as_py())
+        for t in split.iter_batches(batch_size=1, batch_format="pyarrow")
+    ]
 
 
 def same(a, b):
@@ -87,7 +90,8 @@ def test_scores_are_the_reference_run_in_the_step_and_a_longer_plan_extends_them
     short = settings.model_copy(update={"steps": 3})
     reference, out = stages.base_folder(run), tmp_path / "scores.lance"
     made = [
-        score(stages.batch_recipe(run, s, None, "stratified"), reference, out, 1, 0.5, False, 4096) for s in (short, settings, settings)
+        score(stages.batch_recipe(run, s, None, "stratified"), reference, out, 1, 0.5, False, 4096)
+        for s in (short, settings, settings)
     ]
     assert made == [3, settings.steps - 3, 0]
     collator = Collator(stages.batch_recipe(run, settings, None, "stratified", out))
@@ -102,7 +106,17 @@ def test_scores_are_the_reference_run_in_the_step_and_a_longer_plan_extends_them
 
 def test_scores_of_another_draw_are_refused(run, tmp_path):
     settings = run.recipe.optimize
-    score(stages.batch_recipe(run, settings, None, "stratified"), stages.base_folder(run), tmp_path / "s.lance", 1, 0.5, False, 4096)
-    other = stages.batch_recipe(run, settings.model_copy(update={"num_negatives": 1}), None, "stratified", tmp_path / "s.lance")
+    score(
+        stages.batch_recipe(run, settings, None, "stratified"),
+        stages.base_folder(run),
+        tmp_path / "s.lance",
+        1,
+        0.5,
+        False,
+        4096,
+    )
+    other = stages.batch_recipe(
+        run, settings.model_copy(update={"num_negatives": 1}), None, "stratified", tmp_path / "s.lance"
+    )
     with pytest.raises(DataError, match="Run `tdro score` again"):
         Collator(other).batch(0, 0, 1)

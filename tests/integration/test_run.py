@@ -13,7 +13,19 @@ from tiny import make_collections, tdro, write_recipe
 
 from tdro_ray.dro.files import read_trajectory, read_weights
 
-STAGES = ["ingest", "mine", "model", "reference", "score", "optimize", "finetune-current", "finetune-top70", "evaluate", "index", "serve"]
+STAGES = [
+    "ingest",
+    "mine",
+    "model",
+    "reference",
+    "score",
+    "optimize",
+    "finetune-current",
+    "finetune-top70",
+    "evaluate",
+    "index",
+    "serve",
+]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +91,10 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(made, tmp_path):
     for stage, step in (("reference", 3), ("optimize", 3)):
         process = subprocess.Popen(
             [sys.executable, "-m", "tdro_ray", "run", str(recipe), "--no-serve"],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         _wait_for_step(tmp_path / "small" / "stages" / stage / "metrics.jsonl", step, process)
         os.killpg(process.pid, signal.SIGKILL)

@@ -43,7 +43,10 @@ def make_collections(source: Path, rows: int = 60) -> Path:
             asked = words(4)
             answer = words(8) if name == "noisy" else [*asked[: 4 if name == "easy" else 3], *words(5)]
             (lines if i < rows else tests).append((f"{name}{i}", " ".join(asked), " ".join(answer)))
-        records = ({"_id": i, "query": q, "positive_passages": [{"docid": f"d{i}", "text": p}], "negative_passages": []} for i, q, p in lines)
+        records = (
+            {"_id": i, "query": q, "positive_passages": [{"docid": f"d{i}", "text": p}], "negative_passages": []}
+            for i, q, p in lines
+        )
         with gzip.open(folder / "train.jsonl.gz", "wt") as file:
             file.write("\n".join(map(json.dumps, records)))
         corpus = tuple(Passage(f"d{i}", p) for i, _, p in tests)

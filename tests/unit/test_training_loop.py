@@ -23,7 +23,15 @@ def base(tmp_path_factory):
 
 
 def job_of(base, out, dro, lora=None):
-    common = {"steps": STEPS, "batch_size": 8, "temperature": 0.1, "checkpoint_every": 2, "log_every": 2, "learning_rate": 1e-3, "warmup_steps": 2}
+    common = {
+        "steps": STEPS,
+        "batch_size": 8,
+        "temperature": 0.1,
+        "checkpoint_every": 2,
+        "log_every": 2,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+    }
     settings = OptimizeSettings(**common, eta=0.2) if dro else TrainSettings(**common)
     return TrainJob("key", base, out, settings, ModelSettings(lora=lora), TASKS, seed=5)
 
@@ -47,7 +55,10 @@ def final_weights(folder):
 @pytest.mark.parametrize("dro", [False, True])
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4, dropout=0.1)])
 def test_an_interrupted_run_ends_bitwise_like_an_uninterrupted_one(base, tmp_path, dro, lora):
-    whole, broken = LocalContext(batches_for(dro), tmp_path / "a"), LocalContext(batches_for(dro, stop=3), tmp_path / "b")
+    whole, broken = (
+        LocalContext(batches_for(dro), tmp_path / "a"),
+        LocalContext(batches_for(dro, stop=3), tmp_path / "b"),
+    )
     train(job_of(base, tmp_path / "out-a", dro, lora), whole)
     with pytest.raises(KeyboardInterrupt):
         train(job_of(base, tmp_path / "out-b", dro, lora), broken)
@@ -76,7 +87,9 @@ def final_weights_of_base(base):
 
 def test_the_loss_of_repeated_batches_falls(base, tmp_path):
     settings = TrainSettings(steps=60, batch_size=8, temperature=0.1, learning_rate=5e-3, warmup_steps=5, log_every=1)
-    context = LocalContext(lambda start: (replace(global_batch(8, 2, 0), step=s) for s in range(start, 60)), tmp_path / "c")
+    context = LocalContext(
+        lambda start: (replace(global_batch(8, 2, 0), step=s) for s in range(start, 60)), tmp_path / "c"
+    )
     train(TrainJob("key", base, tmp_path / "out", settings, ModelSettings(), TASKS, seed=0), context)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
@@ -85,11 +98,15 @@ def test_the_loss_of_repeated_batches_falls(base, tmp_path):
 def test_another_runs_checkpoint_is_refused(base, tmp_path):
     train(job_of(base, tmp_path / "out", False), LocalContext(batches_for(False), tmp_path / "a"))
     with pytest.raises(CheckpointError, match="other settings"):
-        train(replace(job_of(base, tmp_path / "out", False), key="new"), LocalContext(batches_for(False), tmp_path / "a"))
+        train(
+            replace(job_of(base, tmp_path / "out", False), key="new"), LocalContext(batches_for(False), tmp_path / "a")
+        )
 
 
 def test_a_batch_out_of_order_stops_the_run(base, tmp_path):
-    context = LocalContext(lambda start: iter([global_batch(8, 3, 0, step=0), global_batch(8, 3, 0, step=2)]), tmp_path / "a")
+    context = LocalContext(
+        lambda start: iter([global_batch(8, 3, 0, step=0), global_batch(8, 3, 0, step=2)]), tmp_path / "a"
+    )
     with pytest.raises(TdroError, match="expected its share of step 1 and received step 2"):
         train(job_of(base, tmp_path / "out", False), context)
 
@@ -105,7 +122,7 @@ def test_learning_rate_warms_up_and_ends_at_the_floor():
     rates = [learning_rate(s, settings) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1, abs=1e-3)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
 def test_single_task_runs(base, tmp_path):
@@ -115,3 +132,17 @@ def test_single_task_runs(base, tmp_path):
     context = LocalContext(lambda start: iter(batches[start:]), tmp_path / "a")
     train(TrainJob("k", base, tmp_path / "o", settings, ModelSettings(), tasks, 0), context)
     assert json.loads((context.latest_checkpoint() / "alpha.json").read_text())["current"] == [1.0]
+
+
+def test_held_steps_leave_alpha_alone_and_options_reach_the_measure(base, tmp_path):
+    def alphas(**changes):
+        settings = OptimizeSettings(steps=STEPS, batch_size=8, temperature=0.1, eta=0.2, **changes)
+        context = LocalContext(batches_for(True), tmp_path / str(changes))
+        train(TrainJob("k", base, tmp_path / "o", settings, ModelSettings(), TASKS, 0), context)
+        return read_trajectory(context.latest_checkpoint() / "trajectory.parquet").alpha_SG
+
+    held = alphas(hold=0.5)
+    assert (abs(held[:3] - 1 / 3) < 1e-12).all() and abs(held[3] - 1 / 3).max() > 1e-3
+    moved = alphas()
+    for change in ({"measure_options": {"smooth": 1.0}}, {"eta_schedule": "linear"}, {"momentum": 0.9}):
+        assert abs(alphas(**change)[-1] - moved[-1]).max() > 1e-6

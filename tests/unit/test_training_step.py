@@ -22,9 +22,13 @@ def run_step(batch, budget, dropout=0.0, temperature=0.2, measure="ratio", weigh
     backend = Replicated(dropout_model(torch.float64, dropout), TrainSettings())
     torch.manual_seed(11)
     if batch.reference_BP is None:
-        result = contrastive_step(backend, batch, TrainSettings(temperature=temperature, token_budget=budget), TASKS, 0, CPU)
+        result = contrastive_step(
+            backend, batch, TrainSettings(temperature=temperature, token_budget=budget), TASKS, 0, CPU
+        )
     else:
-        settings = OptimizeSettings(temperature=temperature, token_budget=budget, measure=measure, eta=0.5, group_rows=4)
+        settings = OptimizeSettings(
+            temperature=temperature, token_budget=budget, measure=measure, eta=0.5, group_rows=4
+        )
         weights = weights or TaskWeights(3, settings.eta)
         result = dro_step(backend, weights, batch, settings, TASKS, 0, CPU)
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in backend.parameters])
@@ -64,7 +68,9 @@ def naive_gradient(batch, temperature):
     """The homogeneous loss written out row by row, by autograd through one forward per sequence."""
     model = dropout_model(torch.float64, 0.0)
     sequences = np.split(batch.ids, np.cumsum(batch.length_S)[:-1])
-    rep = torch.cat([model(torch.from_numpy(s.astype(np.int64))[None], torch.ones(1, len(s), dtype=torch.long)) for s in sequences])
+    rep = torch.cat(
+        [model(torch.from_numpy(s.astype(np.int64))[None], torch.ones(1, len(s), dtype=torch.long)) for s in sequences]
+    )
     num_rows, width = batch.passage_key_BP.shape
     keys, total = batch.passage_key_BP, 0.0
     for i in range(num_rows):
@@ -73,7 +79,9 @@ def naive_gradient(batch, temperature):
             row = j if TASKS.in_batch[batch.task_B[0]] else i
             for p in range(width):
                 own = (row, p) == (i, 0)
-                if keys[row, p] == -1 or (TASKS.in_batch[batch.task_B[0]] and not own and keys[row, p] in batch.positive_key_BK[i]):
+                if keys[row, p] == -1 or (
+                    TASKS.in_batch[batch.task_B[0]] and not own and keys[row, p] in batch.positive_key_BK[i]
+                ):
                     continue
                 terms.append(rep[i] @ rep[num_rows + row * width + p] / temperature)
         positive = rep[i] @ rep[num_rows + i * width] / temperature

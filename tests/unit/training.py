@@ -15,7 +15,9 @@ from tdro_ray.model.encoder import Retriever
 from tdro_ray.train.step import TaskSettings
 from tdro_ray.types import RetrieverSpec
 
-TASKS = TaskSettings(names=("a", "b", "c"), sizes=(40, 30, 20), temperatures=(None, 0.1, None), in_batch=(True, True, False))
+TASKS = TaskSettings(
+    names=("a", "b", "c"), sizes=(40, 30, 20), temperatures=(None, 0.1, None), in_batch=(True, True, False)
+)
 WORDS = "alpha beta gamma delta parse read write file date time list of the a to in on".split()
 
 
@@ -24,7 +26,13 @@ def tiny_base(folder: Path, seed: int = 0, **spec: object) -> Path:
     tiny = TinyModel(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24, vocab_size=300)
     rng = np.random.default_rng(seed)
     texts = (" ".join(rng.choice(WORDS, 8)) for _ in range(50))
-    build_base(ModelSettings(tiny=tiny), RetrieverSpec(**{"query_length": 16, "passage_length": 32, **spec}), texts, folder, seed)
+    build_base(
+        ModelSettings(tiny=tiny),
+        RetrieverSpec(**{"query_length": 16, "passage_length": 32, **spec}),
+        texts,
+        folder,
+        seed,
+    )
     return folder
 
 
@@ -34,8 +42,16 @@ def dropout_model(dtype: torch.dtype, dropout: float) -> Retriever:
 
     torch.manual_seed(3)
     config = Qwen2Config(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=24, attention_dropout=dropout, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        attention_dropout=dropout,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
     )
     return Retriever(Qwen2Model(config).to(dtype), RetrieverSpec(pooling="mean")).train()
 
@@ -50,7 +66,9 @@ def global_batch(num_rows: int, num_passages: int, task: int | None, seed: int =
     key_NP = rng.integers(0, max(4, num_rows), (num_rows, num_passages)).astype(np.int64)
     if num_passages > 1:
         key_NP[rng.random(num_rows) < 0.15, -1] = -1
-    positive_NK = np.stack([key_NP[:, 0], np.where(rng.random(num_rows) < 0.3, rng.integers(0, num_rows, num_rows), -1)], 1)
+    positive_NK = np.stack(
+        [key_NP[:, 0], np.where(rng.random(num_rows) < 0.3, rng.integers(0, num_rows, num_rows), -1)], 1
+    )
     length_S = rng.integers(2, 12, num_rows * (1 + num_passages))
     ids = [rng.integers(2, 50, n).astype(np.int32) for n in length_S]
     for at, key in enumerate(key_NP.ravel()):  # equal keys are equal passages
@@ -68,7 +86,13 @@ def share_of(batch: Batch, rank: int, num_workers: int) -> Batch:
     sequences = np.split(batch.ids, np.cumsum(batch.length_S)[:-1])
     mine = sequences[:num_rows][part] + sequences[num_rows + part.start * width : num_rows + part.stop * width]
     return Batch(
-        batch.step, rank, batch.task_B[part], batch.row_B[part], batch.passage_key_BP[part], batch.positive_key_BK[part],
-        np.concatenate(mine), np.array([len(s) for s in mine], np.int64),
+        batch.step,
+        rank,
+        batch.task_B[part],
+        batch.row_B[part],
+        batch.passage_key_BP[part],
+        batch.positive_key_BK[part],
+        np.concatenate(mine),
+        np.array([len(s) for s in mine], np.int64),
         None if batch.reference_BP is None else batch.reference_BP[part],
     )
