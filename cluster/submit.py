@@ -53,11 +53,13 @@ def submit(arguments: list[str], address: str = "", follow: bool = True) -> int:
     check_size(folder)
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     client = connect(address)
+    command = f"tdro {shlex.join(arguments)}"
     try:
         job = client.submit_job(
-            entrypoint=entrypoint(arguments),
+            entrypoint=f"python -m tdro_ray {shlex.join(arguments)}",
             submission_id=name_of(arguments),
-            runtime_env={"working_dir": str(folder), "excludes": EXCLUDES, "env_vars": {"TDRO_RUNS": str(runs_root())}},
+            metadata={"job_name": command},
+            runtime_env={"working_dir": str(folder), "excludes": EXCLUDES, "env_vars": environment()},
         )
     except (RuntimeError, ValueError) as err:
         raise ResourceError(f"The cluster at {address} did not take the job: {err}") from err
@@ -118,11 +120,10 @@ def _absolute(value: str, must_exist: bool = False) -> str:
     return str(path.resolve()) if path.exists() or not must_exist else value
 
 
-def entrypoint(arguments: list[str]) -> str:
-    """The job's shell command: by this very Python where the head node has it, else by the one on the head's PATH."""
+def environment() -> dict[str, str]:
+    """Environment of the job: where run folders go, and this Python first on the PATH, which a node without it passes over."""
     # The job's PATH is that of the shell that ran `ray start`, in which the virtual environment need not be active.
-    python = f'"$(command -v {shlex.quote(sys.executable)} || echo python)"'
-    return f"{python} -m tdro_ray {shlex.join(arguments)}"
+    return {"TDRO_RUNS": str(runs_root()), "PATH": f"{Path(sys.executable).parent}:${{PATH}}"}
 
 
 def name_of(arguments: list[str]) -> str:

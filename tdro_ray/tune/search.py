@@ -7,28 +7,30 @@ setting, so a study that was killed, or is asked for more trials, repeats none.
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tdro_ray import stages
 from tdro_ray.config import Recipe, TuneSettings
-from tdro_ray.errors import ConfigError, DataError, ResourceError, TdroError
-from tdro_ray.evaluate.significance import compare_mean, compare_tasks
+from tdro_ray.errors import ConfigError, TdroError
 from tdro_ray.pipeline import Progress, Run, Stage, key_of, read_json, write_json
-from tdro_ray.tune.trial import Setting, Study, drop_models, run_trial, shortened, trial_folder
+from tdro_ray.tune.outcome import best_of
+from tdro_ray.tune.preflight import preflight
+from tdro_ray.tune.study import default_setting, make_study, prepare, rounded, search_space, within
+from tdro_ray.tune.trial import Setting, Study, drop_models, run_trial, trial_folder
 
-DIGITS = 3  # significant digits of a tried value: what is reported is what was run
-PROCESS_MEMORY = 1.2e9  # bytes of a trial's process without its model: Python, torch, Ray, a few batches
-MODEL_MEMORY = 20  # bytes a parameter: weights, gradients, two moments of Adam, and the evaluated copy
-RESAMPLES = 4000  # of the bootstrap
 INTERVAL = 1.0  # seconds between two looks at the trials
+ENVIRONMENT = {  # of Tune while it searches
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # its own would end a study at Ctrl-C as if it were done
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a header whatever the verbosity
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a recipe mean the same in a trial
+}
+LOGGERS = ("ray.tune", "ray.train", "ray.air")
 
 
 def tune(run: Run) -> None:
@@ -37,25 +39,23 @@ def tune(run: Run) -> None:
     Brings the stages before it up to date first. Raises ResourceError when the trials do not fit, TdroError when
     every trial failed.
     """
-    study = prepare(run)
-    out = run.folder / "tune"
-    recipe = run.recipe
-    space = search_space(recipe)
-    key = key_of(
-        "study",
-        study.key,
-        recipe.tune.model_dump(mode="json", exclude={"concurrent", "cpus_per_trial"}),
-        default_setting(recipe),
-    )
+    recipe, out = run.recipe, run.folder / "tune"
+    shared = prepare(run)
+    asked = recipe.tune.model_dump(mode="json", exclude={"concurrent", "cpus_per_trial"})
+    key = key_of("study", shared, asked, default_setting(recipe))
 
     def work(progress: Progress) -> tuple[str, dict[str, Any]]:
+        import ray
+
         from tdro_ray.tune.report import write_report
 
-        concurrent, why = preflight(recipe, _parameters(run), _resources())
+        parameters = int(run.manifest("model").get("summary", {}).get("parameters", 0))
+        concurrent, why = preflight(recipe, parameters, dict(ray.cluster_resources()))
         print(why, flush=True)
-        trials = search(study, space, recipe, concurrent, run.path("tune") / "ray", key, progress)
-        write_json(out / "trials.json", trials)
+        study = make_study(run, shared)
+        trials = search(study, recipe, concurrent, run.path("tune") / "ray", key, progress)
         best = best_of(recipe, trials, study.folder)
+        write_json(out / "trials.json", trials)
         write_json(out / "best.json", best)
         write_report(recipe, trials, best, study.folder, out / "report.html")
         failed = sum(t["status"] == "failed" for t in trials)
@@ -66,129 +66,8 @@ def tune(run: Run) -> None:
     _closing(run, read_json(out / "best.json"), out)
 
 
-def prepare(run: Run) -> Study:
-    """Bring data, reference model and reference scores up to date for the trials' stage 1, and return the study.
-
-    Raises DataError when no task has dev queries.
-    """
-    for stage in (stages.ingest, stages.mine, stages.model, stages.reference):
-        stage(run)
-    recipe, settings = run.recipe, run.recipe.tune
-    found = stages.collections(run)
-    if not any(c.manifest.dev_queries for c in found):
-        raise DataError(
-            "No task has dev queries, which a trial is judged by. Set data.dev_queries to at least 1 (50 is usual); tasks are read again."
-        )
-    # The scores of the longer of both runs, so that tuning never makes the scores of `tdro run` out of date.
-    longer = recipe.optimize.model_copy(update={"steps": max(recipe.optimize.steps, settings.optimize_steps)})
-    stages.score(Run(recipe.model_copy(update={"optimize": longer}), run.display, run.connect))
-    scores_key, scores = stages.scores_folder(run, recipe.optimize)
-    optimize = shortened(recipe.optimize, settings.optimize_steps)
-    finetune = shortened(recipe.finetune, settings.finetune_steps)
-    searched = {"eta", "temperature", "measure", *settings.choices}
-    key = key_of(
-        "trial",
-        optimize.model_dump(mode="json", exclude=searched),
-        finetune.model_dump(mode="json"),
-        [scores_key, stages.model_key(run), recipe.seed, settings.evaluations, recipe.evaluate.ndcg_at],
-        {c.name: [c.manifest.hash, c.manifest.tests_hash, c.manifest.negatives.get("hash")] for c in found},
-    )
-    return Study(
-        key=key,
-        folder=run.path("tune") / "trials",
-        tasks=stages._job(run, "tune", key, optimize).tasks,
-        batches=stages.batch_recipe(run, optimize, None, "stratified", scores),
-        optimize=optimize,
-        finetune=finetune,
-        model=recipe.model,
-        seed=recipe.seed,
-        evaluations=settings.evaluations,
-        ndcg_at=recipe.evaluate.ndcg_at,
-        batch_tokens=recipe.evaluate.batch_tokens,
-        device="cuda" if recipe.scale.use_gpu else "cpu",
-    )
-
-
-def default_setting(recipe: Recipe) -> Setting:
-    """The recipe's own values of what is searched: the first trial, and what the best one is compared with."""
-    names = ("eta", "temperature", "measure", *recipe.tune.choices)
-    return {name: getattr(recipe.optimize, name) for name in names}
-
-
-def search_space(recipe: Recipe) -> dict[str, tuple[str, Any]]:
-    """Return `{field: ("log", (low, high)) | ("choice", values)}`, widened to hold the recipe's own setting."""
-    settings, own = recipe.tune, default_setting(recipe)
-    space: dict[str, tuple[str, Any]] = {
-        name: ("log", (min(low, own[name]), max(high, own[name])))
-        for name, (low, high) in {"eta": settings.eta, "temperature": settings.temperature}.items()
-    }
-    for name, values in {"measure": settings.measures, **settings.choices}.items():
-        space[name] = ("choice", list(dict.fromkeys((*values, own[name]))))
-    return space
-
-
-def rounded(config: Setting) -> Setting:
-    """Return the setting with floats of `DIGITS` significant digits."""
-    return {name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for name, value in config.items()}
-
-
-# Resources
-
-
-def _resources() -> dict[str, float]:
-    import ray
-
-    return dict(ray.cluster_resources())
-
-
-def _parameters(run: Run) -> int:
-    return int(run.manifest("model").get("summary", {}).get("parameters", 0))
-
-
-def preflight(recipe: Recipe, parameters: int, resources: dict[str, float]) -> tuple[int, str]:
-    """Return (trials at once, one line that says why). `resources` are the cluster's: CPU, GPU, memory in bytes.
-
-    Raises ResourceError when not one trial fits, or fewer than `tune.concurrent`.
-    """
-    settings, memory = recipe.tune, PROCESS_MEMORY + MODEL_MEMORY * parameters
-    fit = {
-        f"{resources.get('CPU', 0):g} CPUs at {settings.cpus_per_trial:g} a trial": int(
-            resources.get("CPU", 0) / settings.cpus_per_trial + 1e-9
-        )
-    }
-    if recipe.scale.use_gpu:
-        fit[f"{resources.get('GPU', 0):g} GPUs at 1 a trial"] = int(resources.get("GPU", 0))
-    tightest = min(fit, key=lambda name: fit[name])
-    most = fit[tightest]
-    if most < max(1, settings.concurrent):
-        wanted = f"tune.concurrent={settings.concurrent} trials" if settings.concurrent else "one trial"
-        mend = f"Set tune.concurrent to at most {most}" if most else "Take a larger cluster"
-        raise ResourceError(
-            f"{wanted} cannot run at once: {tightest} make room for {most}. {mend}, or lower tune.cpus_per_trial."
-        )
-    by_memory = int(resources["memory"] / memory) if resources.get("memory") else most
-    concurrent = settings.concurrent or max(1, min(most, by_memory, settings.trials))
-    reason = tightest
-    if not settings.concurrent and by_memory < most:
-        reason = f"{resources['memory'] / 1e9:.0f} GB of memory at about {memory / 1e9:.1f} GB a trial"
-    elif settings.concurrent:
-        reason = f"tune.concurrent; {tightest} make room for {most}"
-    elif settings.trials < most:
-        reason = f"no more are wanted; {tightest} make room for {most}"
-    tight = (
-        f" Memory is tight: about {concurrent * memory / 1e9:.0f} GB of {resources['memory'] / 1e9:.0f} GB."
-        if by_memory < concurrent
-        else ""
-    )
-    return concurrent, f"  {settings.trials} trials, {concurrent} at once ({reason}).{tight}"
-
-
-# The search
-
-
 def search(
     study: Study,
-    space: dict[str, tuple[str, Any]],
     recipe: Recipe,
     concurrent: int,
     storage: Path,
@@ -201,20 +80,18 @@ def search(
     """
     import ray.tune as rt
 
-    from tdro_ray.tune.quiet import quiet_tune
-
     settings, name = recipe.tune, f"{recipe.name}-tune-{key}"
     for old in storage.glob("*"):
         if old.name != name:  # of another search; what its trials found is kept under their settings
             shutil.rmtree(old, ignore_errors=True)
     resources = {"CPU": settings.cpus_per_trial, "GPU": 1 if recipe.scale.use_gpu else 0}
     trainable = rt.with_resources(_trainable(study), resources)
-    with quiet_tune(), _watched(study, settings, progress):
+    with _quiet(), _watched(study, settings, progress):
         tuner = _restored(storage / name, trainable) or rt.Tuner(
             trainable,
             param_space={
                 field: rt.loguniform(*values) if kind == "log" else rt.choice(values)
-                for field, (kind, values) in space.items()
+                for field, (kind, values) in search_space(recipe).items()
             },
             tune_config=rt.TuneConfig(
                 metric=settings.objective,
@@ -281,16 +158,9 @@ def _searcher(study: Study, recipe: Recipe) -> Any:
     space = search_space(recipe)
     for result in sorted(study.folder.glob("*/result.json"), key=lambda p: p.stat().st_mtime):
         setting = read_json(result).get("setting", {})
-        if setting not in points and trial_folder(study, setting) == result.parent and _within(setting, space):
+        if setting not in points and trial_folder(study, setting) == result.parent and within(setting, space):
             points.append(setting)
     return OptunaSearch(seed=recipe.seed, points_to_evaluate=points[: recipe.tune.trials])
-
-
-def _within(setting: Setting, space: dict[str, tuple[str, Any]]) -> bool:
-    inside = {"log": lambda value, ends: ends[0] <= value <= ends[1], "choice": lambda value, values: value in values}
-    return set(setting) == set(space) and all(
-        inside[kind](setting[name], values) for name, (kind, values) in space.items()
-    )
 
 
 def _scheduler(settings: TuneSettings) -> Any:
@@ -362,44 +232,21 @@ def _state(study: Study, settings: TuneSettings) -> tuple[str, float]:
     return text, done / settings.trials
 
 
-# What came of it
-
-
-def best_of(recipe: Recipe, trials: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Return what `best.json` holds: the best finished trial, its settings as `--set` strings, and how it compares.
-
-    `folder` holds the trials' folders. The comparison with the recipe's own setting, trial 0, is paired over the dev
-    queries; it is left out where one of both has no result or they are the same.
-    """
-    finished = [t for t in trials if t["status"] == "done"]
-    best = max(finished, key=lambda t: t["objective"])
-    own = next((t for t in finished if t["number"] == 0), None)
-    options = [f"optimize.{name}={_yaml(value)}" for name, value in best["setting"].items()]
-    facts = {key: best[key] for key in ("setting", "objective", "mean", "worst")}
-    command = " ".join(["tdro run", recipe.name, *(f"--set {o}" for o in options)])
-    line = (
-        f"best {recipe.tune.objective} nDCG@{recipe.evaluate.ndcg_at} {best['objective']:.3f} (trial {best['number']})"
-    )
-    found = {"trial": best["number"], **facts, "set": options, "command": command}
-    if own is best:
-        return {**found, "line": f"{line}, the recipe's own setting", "warnings": []}
-    if own is None:
-        return {**found, "line": line, "warnings": ["the recipe's own setting has no result to compare with"]}
-    ours, theirs = (read_json(folder / t["id"] / "result.json")["per_query"] for t in (best, own))
-    mean = compare_mean(ours, theirs, resamples=RESAMPLES)
-    tasks = compare_tasks(ours, theirs, resamples=RESAMPLES)
-    return {
-        **found,
-        "default": {key: own[key] for key in ("number", "setting", "objective", "mean", "worst")},
-        "mean_against_default": asdict(mean),
-        "tasks_against_default": {task: {**asdict(c), "p_holm": p} for task, (c, p) in tasks.items()},
-        "line": f"{line}, the recipe's own setting {own['objective']:.3f}",
-        "warnings": [] if mean.low > 0 else ["the best trial is not clearly better than the recipe's own setting"],
-    }
-
-
-def _yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While the block runs, Tune prints nothing: no table, no trace of a failed trial (its error is in our list)."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    os.environ.update(ENVIRONMENT)
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _closing(run: Run, best: dict[str, Any], out: Path) -> None:

@@ -13,10 +13,12 @@ where it was or answers at once.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -63,25 +65,35 @@ def run_trial(
     only the small ones stay; the models are deleted.
     """
     folder = trial_folder(study, setting)
-    result = read_json(folder / "result.json")
-    if result:
-        for evaluation in result["evaluations"]:
-            report(metrics_of(evaluation))
-        return result
-    write_json(folder / "setting.json", setting)
-    learned = _learn(study, setting, folder / "optimize")
-    found = _finetune(study, learned["alpha"], folder, report)
-    result = {
-        "setting": setting,
-        "alpha": dict(zip(study.tasks.names, learned["alpha"], strict=True)),
-        "evaluations": found["evaluations"],
-        "per_query": found["per_query"],
-        "seconds": {"optimize": learned["seconds"], "finetune": found["finetune"], "evaluate": found["evaluate"]},
-        "loss": {"optimize": learned["loss"], "finetune": found["loss"]},
-    }
-    write_json(folder / "result.json", result)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        result = read_json(folder / "result.json")
+        if result:
+            for evaluation in result["evaluations"]:
+                report(metrics_of(evaluation))
+            return result
+        write_json(folder / "setting.json", setting)
+        learned = _learn(study, setting, folder / "optimize")
+        found = _finetune(study, learned["alpha"], folder, report)
+        result = {
+            "setting": setting,
+            "alpha": dict(zip(study.tasks.names, learned["alpha"], strict=True)),
+            "evaluations": found["evaluations"],
+            "per_query": found["per_query"],
+            "seconds": {"optimize": learned["seconds"], "finetune": found["finetune"], "evaluate": found["evaluate"]},
+            "loss": {"optimize": learned["loss"], "finetune": found["loss"]},
+        }
+        write_json(folder / "result.json", result)
     drop_models(folder)
     return result
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the trial's folder: a trial of the same setting that runs at once waits, and then finds the result."""
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def drop_models(folder: Path) -> None:
@@ -101,6 +113,14 @@ def shortened(settings: TrainSettings, steps: int) -> Any:
     return settings.model_copy(update={"steps": steps, "warmup_steps": warmup})
 
 
+def stage_settings(own: OptimizeSettings, setting: Setting) -> OptimizeSettings:
+    """Return the settings of stage 1 under a setting; options of the recipe's measure are not passed to another one."""
+    raw = {**own.model_dump(), **setting}
+    if raw["measure"] != own.measure and "measure_options" not in setting:
+        raw["measure_options"] = {}
+    return OptimizeSettings.model_validate(raw)
+
+
 def _learn(study: Study, setting: Setting, out: Path) -> dict[str, Any]:
     """Stage 1 under the setting: {"alpha": current weights in the tasks' order, "seconds", "loss"}."""
     done = read_json(out / "done.json")
@@ -110,7 +130,7 @@ def _learn(study: Study, setting: Setting, out: Path) -> dict[str, Any]:
     from tdro_ray.train.context import LocalContext
     from tdro_ray.train.loop import TrainJob, train
 
-    settings = OptimizeSettings.model_validate({**study.optimize.model_dump(), **setting})
+    settings = stage_settings(study.optimize, setting)
     job = TrainJob(key_of(study.key, setting), study.batches.model, out, settings, study.model, study.tasks, study.seed)
     context = LocalContext(partial(local_batches, study.batches), out / "checkpoints", study.device)
     began = time.monotonic()

@@ -1,0 +1,99 @@
+"""Stages of the data: sources -> collection store -> hard negatives; and what later stages ask of the store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tdro_ray.config import store_folder
+from tdro_ray.data.collection import Collection, CollectionStore
+from tdro_ray.errors import ConfigError
+from tdro_ray.pipeline import Progress, Run, Stage, key_of
+
+
+def ingest(run: Run) -> dict[str, Any]:
+    """Sources -> collection store."""
+    from tdro_ray.data.environment import environment_key
+    from tdro_ray.data.sources import discover
+
+    recipe, data = run.recipe, run.recipe.data
+    store = store_folder(recipe)
+    sources = discover([s for s in data.sources if s != "environment"])
+    prints = {t.name: t.fingerprint() for t in sources}
+    if "environment" in data.sources:
+        prints["environment"] = environment_key(data.environment)
+    key = key_of("ingest", str(store), prints, data.model_dump(mode="json"))
+
+    def work(progress: Progress) -> tuple[str, dict[str, Any]]:
+        from tdro_ray.data.ingest import ingest as read
+
+        manifests = read(recipe, store, progress.update)
+        tasks = {
+            name: {
+                "rows": m.rows,
+                "passages": m.passages,
+                "test_queries": m.test_queries,
+                "dev_queries": m.dev_queries,
+                "symmetric": m.info.symmetric,
+                "language": m.info.language,
+                "description": m.info.description,
+                "licence": m.info.licence,
+                "rejects": sum(m.rejects.values()),
+                "counts": m.counts,
+                "hash": m.hash,
+            }
+            for name, m in sorted(manifests.items())
+        }
+        rows, passages = sum(t["rows"] for t in tasks.values()), sum(t["passages"] for t in tasks.values())
+        rejects = sum(t["rejects"] for t in tasks.values())
+        return f"{len(tasks)} tasks, {rows:,} rows, {passages:,} passages, {rejects:,} rejected lines", {"tasks": tasks}
+
+    manifest = run.manifest("ingest")
+    known = manifest.get("summary", {}).get("tasks", {})
+    outputs = tuple(store / name / "manifest.json" for name in known)
+    return run.do(Stage("ingest", key, outputs, work))
+
+
+def task_names(run: Run) -> list[str]:
+    """Tasks of this run, in plan order. Raises ConfigError before `ingest` has run."""
+    tasks = run.manifest("ingest").get("summary", {}).get("tasks")
+    if not tasks:
+        raise ConfigError(
+            f"Stage ingest has not run. Run `tdro ingest {run.recipe.name}` or `tdro run {run.recipe.name}` first."
+        )
+    return sorted(tasks)
+
+
+def collections(run: Run) -> list[Collection]:
+    """Collections of this run's tasks, in plan order."""
+    store = CollectionStore(store_folder(run.recipe))
+    return [store[name] for name in task_names(run)]
+
+
+def data_key(run: Run) -> str:
+    return key_of({c.name: c.manifest.hash for c in collections(run)})
+
+
+def mine(run: Run) -> dict[str, Any]:
+    """Hard negatives."""
+    recipe, names = run.recipe, task_names(run)
+    key = key_of("mine", data_key(run), recipe.mine.model_dump(mode="json"), recipe.seed)
+
+    def work(progress: Progress) -> tuple[str, dict[str, Any]]:
+        from tdro_ray.data.mine import mine as search
+
+        found = search(recipe, store_folder(recipe), names, progress.update)
+        rows = {c.name: c.manifest.rows for c in collections(run)}
+        total = sum(rows.values())
+        mined = sum(found[n].get("mean_mined", 0) * rows[n] for n in names) / total
+        given = sum(found[n].get("mean_given", 0) * rows[n] for n in names) / total
+        return f"{mined + given:.1f} hard negatives a row ({given:.1f} given, {mined:.1f} by {recipe.mine.method})", {
+            "tasks": found
+        }
+
+    if not all(c.manifest.negatives for c in collections(run)):  # ingested again since: the manifest tells no truth
+        (run.path("mine") / "manifest.json").unlink(missing_ok=True)
+    return run.do(Stage("mine", key, (), work))
+
+
+def negatives_key(run: Run) -> str:
+    return key_of({c.name: [c.manifest.hash, c.manifest.negatives.get("hash")] for c in collections(run)})

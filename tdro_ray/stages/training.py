@@ -1,0 +1,163 @@
+"""Stages that train: the base model, the reference (stage 0), fine-tuning (stage 2); and what training is made from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tdro_ray.config import TrainSettings, store_folder
+from tdro_ray.data.collection import Collection
+from tdro_ray.errors import ConfigError
+from tdro_ray.pipeline import Progress, Run, Stage, fresh_folder, key_of
+from tdro_ray.stages.data import collections, data_key, negatives_key
+from tdro_ray.types import RetrieverSpec
+
+BASELINE = "uniform"  # the reference model: uniform weights, the same budget as every fine-tuning run
+TOKENIZER_TEXTS = 60_000  # texts that a tiny model's tokenizer is trained on, spread over the tasks
+
+
+def retriever_spec(run: Run) -> RetrieverSpec:
+    """How this run's models read texts: lengths, pooling, and each task's prompt."""
+    model, infos = run.recipe.model, {c.name: c.manifest.info for c in collections(run)}
+    prompts = {name: info.query_prompt for name, info in infos.items() if info.query_prompt and model.instructions}
+    return RetrieverSpec(
+        pooling=model.pooling,
+        query_length=model.query_length,
+        passage_length=model.passage_length,
+        task_prompts=prompts,
+        symmetric_tasks=tuple(name for name in prompts if infos[name].symmetric),
+    )
+
+
+def base_folder(run: Run) -> Path:
+    return run.path("model") / "base"
+
+
+def model_key(run: Run) -> str:
+    recipe = run.recipe
+    tokenizer_data = data_key(run) if recipe.model.name == "tiny" else ""
+    return key_of(
+        "model", recipe.model.model_dump(mode="json"), asdict(retriever_spec(run)), tokenizer_data, recipe.seed
+    )
+
+
+def model(run: Run) -> dict[str, Any]:
+    """The base model folder that all training starts from."""
+    recipe = run.recipe
+
+    def work(progress: Progress) -> tuple[str, dict[str, Any]]:
+        from tdro_ray.model.build import build_base
+
+        progress.update("building" if recipe.model.name == "tiny" else f"importing {recipe.model.name}")
+        texts = _tokenizer_texts(collections(run))
+        count = build_base(recipe.model, retriever_spec(run), texts, fresh_folder(base_folder(run)), recipe.seed)
+        return f"{recipe.model.name}, {count / 1e6:.1f} M parameters", {"parameters": count, "name": recipe.model.name}
+
+    return run.do(Stage("model", model_key(run), (base_folder(run) / "tdro.json",), work))
+
+
+def _tokenizer_texts(tasks: list[Collection]) -> Iterator[str]:
+    """Yield an equal number of queries and passages of every task, spread over its rows."""
+    share = max(1, TOKENIZER_TEXTS // (2 * len(tasks)))
+    for task in tasks:
+        rows, passages = task.manifest.rows, task.manifest.passages
+        yield from task.take_rows(list(range(0, rows, max(1, rows // share))), ["query"])["query"].to_pylist()
+        yield from task.take_texts(list(range(0, passages, max(1, passages // share))))
+
+
+# Training
+
+
+def train_job(run: Run, stage: str, key: str, settings: TrainSettings) -> Any:
+    from tdro_ray.train.loop import TrainJob
+    from tdro_ray.train.step import TaskSettings
+
+    found = collections(run)
+    tasks = TaskSettings(
+        names=tuple(c.name for c in found),
+        sizes=tuple(c.manifest.rows for c in found),
+        temperatures=tuple(c.manifest.info.temperature for c in found),
+        in_batch=tuple(c.manifest.info.in_batch for c in found),
+    )
+    recipe = run.recipe
+    return TrainJob(
+        key, base_folder(run), run.path(stage), settings, recipe.model, tasks, recipe.seed, recipe.scale.backend
+    )
+
+
+def batch_recipe(
+    run: Run, settings: TrainSettings, weights: list[float] | None, mode: str, scores: Path | None = None
+) -> Any:
+    """The plan of a training stage and where its rows come from."""
+    from tdro_ray.data.collate import BatchRecipe, versions_of
+    from tdro_ray.data.plan import Plan
+
+    found = collections(run)
+    if settings.batch_size < run.recipe.scale.num_workers:
+        raise ConfigError(
+            f"A batch of {settings.batch_size} rows cannot be shared by {run.recipe.scale.num_workers} workers. Raise batch_size."
+        )
+    plan = Plan([c.manifest.rows for c in found], weights, settings.steps, settings.batch_size, run.recipe.seed, mode)  # type: ignore[arg-type]
+    return BatchRecipe(
+        store_folder(run.recipe),
+        tuple(c.name for c in found),
+        versions_of(found),
+        base_folder(run),
+        plan,
+        settings.num_negatives,
+        scores,
+    )
+
+
+def train_on_ray(
+    run: Run, stage: str, key: str, settings: TrainSettings, batches: Any, progress: Progress
+) -> dict[str, Any]:
+    """Train on Ray while a thread shows the progress that the workers write."""
+    from tdro_ray.train import ray_train
+    from tdro_ray.train.progress import watched
+
+    name = f"{run.recipe.name}-{stage}-{key}"
+    storage = run.path(stage) / "ray"
+    if not (storage / name).exists():  # a fresh start: the numbers of another run would be shown as this one's
+        (run.path(stage) / "metrics.jsonl").unlink(missing_ok=True)
+    for old in storage.glob("*"):
+        if old.name != name:  # a run of other settings is not resumed
+            shutil.rmtree(old, ignore_errors=True)
+    with watched(run.path(stage) / "metrics.jsonl", settings.steps, progress):
+        return ray_train.run(train_job(run, stage, key, settings), batches, run.recipe.scale, str(storage), name)
+
+
+def contrastive(
+    run: Run, stage: str, settings: TrainSettings, weights: list[float] | None, facts: dict[str, Any], label: str
+) -> dict[str, Any]:
+    key = key_of(
+        "train", settings.model_dump(mode="json"), model_key(run), negatives_key(run), weights, run.recipe.seed
+    )
+
+    def work(progress: Progress) -> tuple[str, dict[str, Any]]:
+        batches = batch_recipe(run, settings, weights, "homogeneous")
+        counts = batches.plan.counts().tolist()
+        never = [
+            n
+            for n, c in zip(batches.names, counts, strict=True)
+            if c == 0 and (weights is None or weights[batches.names.index(n)] > 0)
+        ]
+        done = train_on_ray(run, stage, key, settings, batches, progress)
+        warnings = [f"weight of {n} rounds to no step" for n in never]
+        line = f"{label}, {settings.steps} steps of {settings.batch_size} rows, loss {done['loss']:.3f}, {done['tokens_per_s']:,.0f} tokens/s"
+        return line, {
+            **facts,
+            **done,
+            "steps_per_task": dict(zip(batches.names, counts, strict=True)),
+            "warnings": warnings,
+        }
+
+    return run.do(Stage(stage, key, (run.path(stage) / "model" / "tdro.json",), work))
+
+
+def reference(run: Run) -> dict[str, Any]:
+    """Stage 0: uniform weights. It is also the baseline of the comparison."""
+    return contrastive(run, "reference", run.recipe.reference, None, {"weights": BASELINE}, "uniform weights")

@@ -1,0 +1,101 @@
+"""From a recipe to a study: the stages that it needs, what its trials share, and the space that they search. No Ray here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tdro_ray import stages
+from tdro_ray.config import Recipe
+from tdro_ray.errors import DataError
+from tdro_ray.pipeline import Run, key_of
+from tdro_ray.tune.trial import Setting, Study, shortened
+
+DIGITS = 3  # significant digits of a tried value: what is reported is what was run
+
+
+def prepare(run: Run) -> str:
+    """Bring data, reference model and reference scores up to date for the trials; return the key that they share.
+
+    The key holds everything but the searched settings that decides a trial's result. Raises DataError when no task
+    has dev queries.
+    """
+    for stage in (stages.ingest, stages.mine, stages.model, stages.reference):
+        stage(run)
+    recipe, settings = run.recipe, run.recipe.tune
+    found = stages.collections(run)
+    if not any(c.manifest.dev_queries for c in found):
+        raise DataError(
+            "No task has dev queries, which a trial is judged by. Set data.dev_queries to at least 1 (50 is usual); "
+            "a task needs ten training rows for each."
+        )
+    # The scores of the longer of both runs, so that tuning never makes the scores of `tdro run` out of date.
+    longer = recipe.optimize.model_copy(update={"steps": max(recipe.optimize.steps, settings.optimize_steps)})
+    stages.score(Run(recipe.model_copy(update={"optimize": longer}), run.display, run.connect))
+    optimize, finetune = short_settings(recipe)
+    searched = {"eta", "temperature", *settings.choices} | ({"measure"} if not optimize.measure_options else set())
+    return key_of(
+        "trial",
+        optimize.model_dump(mode="json", exclude=searched),
+        finetune.model_dump(mode="json"),
+        [stages.scores_folder(run, recipe.optimize)[0], stages.model_key(run), recipe.seed],
+        [settings.evaluations, recipe.evaluate.ndcg_at],
+        {c.name: [c.manifest.hash, c.manifest.tests_hash, c.manifest.negatives.get("hash")] for c in found},
+    )
+
+
+def make_study(run: Run, key: str) -> Study:
+    """Return what all trials share. Opens the store."""
+    recipe = run.recipe
+    optimize, finetune = short_settings(recipe)
+    return Study(
+        key=key,
+        folder=run.path("tune") / "trials",
+        tasks=stages.train_job(run, "tune", key, optimize).tasks,
+        batches=stages.batch_recipe(run, optimize, None, "stratified", stages.scores_folder(run, optimize)[1]),
+        optimize=optimize,
+        finetune=finetune,
+        model=recipe.model,
+        seed=recipe.seed,
+        evaluations=recipe.tune.evaluations,
+        ndcg_at=recipe.evaluate.ndcg_at,
+        batch_tokens=recipe.evaluate.batch_tokens,
+        device="cuda" if recipe.scale.use_gpu else "cpu",
+    )
+
+
+def short_settings(recipe: Recipe) -> tuple[Any, Any]:
+    """Settings of stage 1 and of the fine-tuning in a trial."""
+    return shortened(recipe.optimize, recipe.tune.optimize_steps), shortened(
+        recipe.finetune, recipe.tune.finetune_steps
+    )
+
+
+def default_setting(recipe: Recipe) -> Setting:
+    """The recipe's own values of what is searched: the first trial, and what the best one is compared with."""
+    names = ("eta", "temperature", "measure", *recipe.tune.choices)
+    return {name: getattr(recipe.optimize, name) for name in names}
+
+
+def search_space(recipe: Recipe) -> dict[str, tuple[str, Any]]:
+    """Return `{field: ("log", (low, high)) | ("choice", values)}`, widened to hold the recipe's own setting."""
+    settings, own = recipe.tune, default_setting(recipe)
+    space: dict[str, tuple[str, Any]] = {
+        name: ("log", (min(low, own[name]), max(high, own[name])))
+        for name, (low, high) in {"eta": settings.eta, "temperature": settings.temperature}.items()
+    }
+    for name, values in {"measure": settings.measures, **settings.choices}.items():
+        space[name] = ("choice", [*values] if own[name] in values else [*values, own[name]])
+    return space
+
+
+def within(setting: Setting, space: dict[str, tuple[str, Any]]) -> bool:
+    """Return whether a setting is a point of the space."""
+    if set(setting) != set(space):
+        return False
+    inside = {"log": lambda value, ends: ends[0] <= value <= ends[1], "choice": lambda value, values: value in values}
+    return all(inside[kind](setting[name], values) for name, (kind, values) in space.items())
+
+
+def rounded(config: Setting) -> Setting:
+    """Return the setting with floats of `DIGITS` significant digits."""
+    return {name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for name, value in config.items()}
