@@ -9,7 +9,8 @@ from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import AuthenticationError
+from ray._raylet import GcsClient  # no public call asks a head whether it is there
+from ray.exceptions import AuthenticationError, RayError
 
 from tdro_ray.config import ScaleSettings
 from tdro_ray.errors import ResourceError
@@ -17,7 +18,6 @@ from tdro_ray.errors import ResourceError
 LOCAL_OBJECT_STORE = 1 << 30  # bytes; batches are small, and a laptop has other uses for its memory
 LEAST_OBJECT_STORE = 80 << 20  # bytes; Ray refuses less
 ANSWER_SECONDS = 3.0  # a head that takes longer to accept a connection is not there
-TOKEN_STEP = "Copy the cluster's ~/.ray/auth_token here (`ray get-auth-token` prints it on the head node), or set RAY_AUTH_TOKEN_PATH."
 
 
 def connect(scale: ScaleSettings) -> None:
@@ -84,10 +84,8 @@ def _join(address: str) -> None:
     _check_answers(address)
     try:
         _init(address)
-    except AuthenticationError as err:
-        raise ResourceError(f"The cluster at {address} refused this machine's token: {err} {TOKEN_STEP}") from err
-    except (ConnectionError, RuntimeError, ValueError) as err:
-        raise ResourceError(f"{_unanswered(address)} {err}") from err
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as err:
+        raise ResourceError(f"{_unanswered(address)} ({err})") from err
 
 
 def _init(address: str, **options: Any) -> None:
@@ -95,13 +93,23 @@ def _init(address: str, **options: Any) -> None:
 
 
 def _check_answers(address: str) -> None:
-    """Raise ResourceError unless something listens at `host:port`: Ray itself tries for more than ten minutes."""
+    """Raise ResourceError unless a Ray head answers at `host:port` and takes this process's token.
+
+    `ray.init` itself tries for more than ten minutes where nobody listens, and for 20 seconds where the token is refused.
+    """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon:  # "auto": Ray finds the head, or says at once that there is none
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
-    except (OSError, ValueError) as err:
+        if not address.startswith("ray://"):
+            GcsClient(address=address)
+    except AuthenticationError as err:
+        raise ResourceError(
+            f"The Ray cluster at RAY_ADDRESS={address} asks for a token, and did not get the right one. Set RAY_AUTH_MODE=token, and "
+            "put what `ray get-auth-token` prints on its head node into ~/.ray/auth_token here, or into RAY_AUTH_TOKEN."
+        ) from err
+    except (OSError, ValueError, RayError) as err:
         raise ResourceError(f"{_unanswered(address)} ({err})") from err
 
 

@@ -53,12 +53,11 @@ def submit(arguments: list[str], address: str = "", follow: bool = True) -> int:
     check_size(folder)
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     client = connect(address)
-    command = f"tdro {shlex.join(arguments)}"
     try:
         job = client.submit_job(
             entrypoint=f"python -m tdro_ray {shlex.join(arguments)}",
             submission_id=name_of(arguments),
-            metadata={"job_name": command},
+            metadata={"job_name": f"tdro {shlex.join(arguments[:2])}"},
             runtime_env={"working_dir": str(folder), "excludes": EXCLUDES, "env_vars": environment()},
         )
     except (RuntimeError, ValueError) as err:

@@ -101,6 +101,8 @@ def _stage(run: Run, arguments: argparse.Namespace) -> None:
 def _report(run: Run, arguments: argparse.Namespace | None = None) -> None:
     from tdro_ray.report.page import write_report
 
+    if not (run.folder / "stages").is_dir():
+        raise ConfigError(f"Nothing has run in {run.folder} yet. Run `tdro run {run.recipe.name}` first.")
     path = write_report(run.folder)
     if arguments is not None:
         print(path)

@@ -64,21 +64,17 @@ def tiny_backbone(tiny: TinyModel, vocab_size: int, eos_token_id: int, max_lengt
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
-    """Return a byte-level BPE tokenizer trained on `texts` (no word is unknown to it)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    """Return a byte-level BPE tokenizer trained on `texts` (no word is unknown to it).
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+    It is of the class that AutoTokenizer takes for a Qwen2 model, and splits text as that class does: another one would
+    read the exported model's texts otherwise than it was trained to.
+    """
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    letters = {letter: i for i, letter in enumerate([END, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    untrained = Qwen2Tokenizer(vocab=letters, merges=[], unk_token=None, eos_token=END, pad_token=END)
+    return untrained.train_new_from_iterator(texts, vocab_size, show_progress=False)
 
 
 def load_tokenizer(name: str) -> Any:

@@ -47,6 +47,13 @@ class TrainJob:
 def train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
     """Run the job to its end, from its newest checkpoint on, and return a summary (equal on all workers)."""
     torch.set_flush_denormal(True)  # softmax at small temperatures makes denormals, which CPUs crawl through
+    try:
+        return _train(job, context)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def _train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
     settings, device = job.settings, context.device
     found = context.latest_checkpoint()
     batches = context.batches(

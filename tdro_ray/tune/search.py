@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from tdro_ray.errors import ConfigError, TdroError
 from tdro_ray.pipeline import Progress, Run, Stage, key_of, read_json, write_json
 from tdro_ray.tune.outcome import best_of
 from tdro_ray.tune.preflight import preflight
-from tdro_ray.tune.study import default_setting, make_study, prepare, rounded, search_space, within
+from tdro_ray.tune.study import default_setting, from_tune, make_study, plain, prepare, search_space, to_tune, within
 from tdro_ray.tune.trial import Setting, Study, drop_models, run_trial, trial_folder
 
 INTERVAL = 1.0  # seconds between two looks at the trials
@@ -37,7 +38,7 @@ def tune(run: Run) -> None:
     """Search, and write `tune/{trials.json,best.json,report.html}` into the run folder; print the best setting.
 
     Brings the stages before it up to date first. Raises ResourceError when the trials do not fit, TdroError when
-    every trial failed.
+    no trial finished.
     """
     recipe, out = run.recipe, run.folder / "tune"
     shared = prepare(run)
@@ -76,22 +77,22 @@ def search(
 ) -> list[dict[str, Any]]:
     """Run what is missing of the study and return its trials in order, the default setting first.
 
-    A failed trial stays in the list with its error. Raises TdroError when all failed.
+    A failed trial stays in the list with its error. Raises TdroError when none finished.
     """
     import ray.tune as rt
 
-    settings, name = recipe.tune, f"{recipe.name}-tune-{key}"
+    settings, space, name = recipe.tune, search_space(recipe), f"{recipe.name}-tune-{key}"
     for old in storage.glob("*"):
         if old.name != name:  # of another search; what its trials found is kept under their settings
             shutil.rmtree(old, ignore_errors=True)
     resources = {"CPU": settings.cpus_per_trial, "GPU": 1 if recipe.scale.use_gpu else 0}
-    trainable = rt.with_resources(_trainable(study), resources)
+    trainable = rt.with_resources(_trainable(study, space), resources)
     with _quiet(), _watched(study, settings, progress):
         tuner = _restored(storage / name, trainable) or rt.Tuner(
             trainable,
             param_space={
-                field: rt.loguniform(*values) if kind == "log" else rt.choice(values)
-                for field, (kind, values) in search_space(recipe).items()
+                field: rt.loguniform(*values) if kind == "log" else rt.choice([plain(value) for value in values])
+                for field, (kind, values) in space.items()
             },
             tune_config=rt.TuneConfig(
                 metric=settings.objective,
@@ -105,19 +106,23 @@ def search(
             run_config=rt.RunConfig(name=name, storage_path=str(storage), verbose=0),
         )
         results = tuner.fit()
-    trials = [_record(study, number, results[number], settings) for number in range(len(results))]
+    trials = [
+        _record(study, number, from_tune(result.config, space), result.error, settings)
+        for number, result in enumerate(results[i] for i in range(len(results)))
+    ]
     for trial in trials:
         drop_models(trial_folder(study, trial["setting"]))
-    if all(t["status"] == "failed" for t in trials):
-        raise TdroError(f"All {len(trials)} trials failed; the first with: {trials[0]['error']}")
+    if not any(t["status"] == "done" for t in trials):
+        error = next((t["error"] for t in trials if t["status"] == "failed"), "stopped early")
+        raise TdroError(f"None of the {len(trials)} trials finished; the first that failed: {error}")
     return trials
 
 
-def _trainable(study: Study) -> Callable[[Setting], None]:
-    def tdro_trial(config: Setting) -> None:
+def _trainable(study: Study, space: dict[str, tuple[str, Any]]) -> Callable[[dict[str, Any]], None]:
+    def tdro_trial(config: dict[str, Any]) -> None:
         import ray.tune as rt
 
-        setting = rounded(config)
+        setting = from_tune(config, space)
         error = trial_folder(study, setting) / "error.json"
         error.unlink(missing_ok=True)
         try:
@@ -144,7 +149,7 @@ def _searcher(study: Study, recipe: Recipe) -> Any:
     if recipe.tune.search == "random":
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
-        return BasicVariantGenerator(points_to_evaluate=[default_setting(recipe)], random_state=recipe.seed)
+        return BasicVariantGenerator(points_to_evaluate=[to_tune(default_setting(recipe))], random_state=recipe.seed)
     try:
         import optuna
     except ImportError as err:
@@ -160,7 +165,7 @@ def _searcher(study: Study, recipe: Recipe) -> Any:
         setting = read_json(result).get("setting", {})
         if setting not in points and trial_folder(study, setting) == result.parent and within(setting, space):
             points.append(setting)
-    return OptunaSearch(seed=recipe.seed, points_to_evaluate=points[: recipe.tune.trials])
+    return OptunaSearch(seed=recipe.seed, points_to_evaluate=[to_tune(p) for p in points[: recipe.tune.trials]])
 
 
 def _scheduler(settings: TuneSettings) -> Any:
@@ -173,9 +178,10 @@ def _scheduler(settings: TuneSettings) -> Any:
     return FIFOScheduler()
 
 
-def _record(study: Study, number: int, result: Any, settings: TuneSettings) -> dict[str, Any]:
+def _record(
+    study: Study, number: int, setting: Setting, error: Exception | None, settings: TuneSettings
+) -> dict[str, Any]:
     """What `trials.json` says of one trial."""
-    setting = rounded(result.config)
     folder = trial_folder(study, setting)
     done = read_json(folder / "result.json")
     record: dict[str, Any] = {"number": number, "id": folder.name, "setting": setting}
@@ -193,8 +199,8 @@ def _record(study: Study, number: int, result: Any, settings: TuneSettings) -> d
     so_far = read_json(folder / "evaluations.json").get("evaluations", [])
     learned = read_json(folder / "optimize" / "done.json")
     alpha = dict(zip(study.tasks.names, learned.get("alpha", []), strict=False))
-    if result.error is not None:
-        text = read_json(folder / "error.json").get("error") or str(result.error).strip().splitlines()[-1]
+    if error is not None:
+        text = read_json(folder / "error.json").get("error") or str(error).strip().splitlines()[-1]
         return {**record, "status": "failed", "error": text, "alpha": alpha, "evaluations": so_far}
     return {**record, "status": "stopped", "alpha": alpha, "evaluations": so_far}
 
@@ -241,10 +247,15 @@ def _quiet() -> Iterator[None]:
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="optuna")  # it is told the final evaluation twice
+            yield
     finally:
         for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
 

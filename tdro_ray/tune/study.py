@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from tdro_ray import stages
@@ -96,6 +97,21 @@ def within(setting: Setting, space: dict[str, tuple[str, Any]]) -> bool:
     return all(inside[kind](setting[name], values) for name, (kind, values) in space.items())
 
 
-def rounded(config: Setting) -> Setting:
-    """Return the setting with floats of `DIGITS` significant digits."""
-    return {name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for name, value in config.items()}
+def to_tune(setting: Setting) -> dict[str, Any]:
+    """Return the setting as Tune's searchers take it: mappings and lists as JSON, which they would read as nested spaces."""
+    return {name: plain(value) for name, value in setting.items()}
+
+
+def plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value)
+
+
+def from_tune(config: dict[str, Any], space: dict[str, tuple[str, Any]]) -> Setting:
+    """Return the setting that Tune means, floats with `DIGITS` significant digits."""
+    setting = {}
+    for name, (kind, values) in space.items():
+        if kind == "log":
+            setting[name] = float(f"{config[name]:.{DIGITS}g}")
+        else:
+            setting[name] = next(value for value in values if plain(value) == config[name])
+    return setting

@@ -85,6 +85,7 @@ def run_trial(
         }
         write_json(folder / "result.json", result)
     drop_models(folder)
+    report(metrics_of(result["evaluations"][-1]))  # last: a scheduler may end the trial at its final report
     return result
 
 
@@ -186,7 +187,7 @@ class _Evaluations:
         self.spent = 0.0  # seconds in this process
         self.kept: dict[str, Any] = read_json(path) or {"evaluations": [], "per_query": {}, "evaluate": 0.0}
         for evaluation in self.kept["evaluations"]:
-            report(metrics_of(evaluation))
+            self._report(evaluation)
 
     def add(self, step: int, checkpoint: Path) -> None:
         """Evaluate the checkpoint of `step` unless that is done already."""
@@ -206,7 +207,11 @@ class _Evaluations:
         seconds = round(self.kept["evaluate"] + time.monotonic() - began, 2)
         self.kept = {"evaluations": [*known, evaluation], "per_query": per_query, "evaluate": seconds}
         write_json(self.path, self.kept)
-        self.report(metrics_of(evaluation))
+        self._report(evaluation)
+
+    def _report(self, evaluation: dict[str, Any]) -> None:
+        if evaluation["step"] < self.job.settings.steps:  # the final one is reported when the trial's result is written
+            self.report(metrics_of(evaluation))
 
 
 def load_checkpoint(job: Any, checkpoint: Path, device: str) -> Any:
