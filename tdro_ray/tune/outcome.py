@@ -11,6 +11,7 @@ from typing import Any
 from tdro_ray.config import Recipe
 from tdro_ray.evaluate.significance import compare_mean, compare_tasks
 from tdro_ray.pipeline import read_json
+from tdro_ray.tune.study import as_typed
 
 RESAMPLES = 4000  # of the bootstrap
 
@@ -28,7 +29,7 @@ def best_of(recipe: Recipe, trials: list[dict[str, Any]], folder: Path) -> dict[
     if recipe.optimize.measure_options and best["setting"]["measure"] != recipe.optimize.measure:
         options.append("optimize.measure_options={}")  # they are of the recipe's measure
     facts = {key: best[key] for key in ("setting", "objective", "mean", "worst")}
-    command = " ".join(["tdro run", recipe.name, *(f"--set {shlex.quote(o)}" for o in options)])
+    command = " ".join(["tdro run", as_typed(recipe), *(f"--set {shlex.quote(o)}" for o in options)])
     line = (
         f"best {recipe.tune.objective} nDCG@{recipe.evaluate.ndcg_at} {best['objective']:.3f} (trial {best['number']})"
     )

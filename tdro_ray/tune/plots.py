@@ -85,10 +85,20 @@ def parallel(
                 linestyle=dashed,
                 label=f"trial {number}" + (" (the recipe's own)" if number == 0 else ""),
             )
+        box = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1}
         for i, field in enumerate(fields):
             axes.axvline(i, color=MUTED, linewidth=1, zorder=0)
             for height, text in scales[field][1]:
-                axes.annotate(text, (i, height), xytext=(4, 3), textcoords="offset points", color=MUTED, fontsize=11)
+                axes.annotate(
+                    text,
+                    (i, height),
+                    xytext=(4, 3),
+                    textcoords="offset points",
+                    color=INK,
+                    fontsize=11,
+                    bbox=box,
+                    zorder=6,
+                )
         axes.set_xticks(range(len(fields)), [_short(f, width) for f in fields], color=INK)
         axes.set_yticks([])
         axes.set(ylim=(-0.06, 1.1), xlim=(-0.1, len(fields) - 1 + (0.28 if width > NARROW else 0.5)))

@@ -12,6 +12,7 @@ from tdro_ray.config import Recipe
 from tdro_ray.report import plots as shared
 from tdro_ray.report.markup import WIDE, breakable, difference, duration, esc, figure, missing, number, share, table
 from tdro_ray.tune import plots
+from tdro_ray.tune.study import as_typed
 
 TOP = 3  # trials whose weights are drawn
 MOST_GROWTH = 7  # lines in the plot of repeated evaluations
@@ -236,7 +237,7 @@ def _cost(trials: list[dict[str, Any]]) -> str:
 def _use(recipe: Recipe, best: dict[str, Any]) -> str:
     yaml = "\n".join(f"  {option.removeprefix('optimize.').replace('=', ': ', 1)}" for option in best["set"])
     lines = f"# run the recipe with the best setting\n{best['command']}\n\n# or in a recipe file\noptimize:\n{yaml}"
-    more = f"# more trials; those that are finished are not repeated\ntdro tune {recipe.name} --set tune.trials={2 * recipe.tune.trials}"
+    more = f"# more trials; those that are finished are not repeated\ntdro tune {as_typed(recipe)} --set tune.trials={2 * recipe.tune.trials}"
     return f"<pre>{esc(lines)}\n\n{esc(more)}</pre>"
 
 

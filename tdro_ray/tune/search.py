@@ -8,6 +8,7 @@ setting, so a study that was killed, or is asked for more trials, repeats none.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import threading
@@ -106,10 +107,11 @@ def search(
             run_config=rt.RunConfig(name=name, storage_path=str(storage), verbose=0),
         )
         results = tuner.fit()
-    trials = [
-        _record(study, number, from_tune(result.config, space), result.error, settings)
-        for number, result in enumerate(results[i] for i in range(len(results)))
-    ]
+    found = {}
+    for result in (results[i] for i in range(len(results))):  # a small space draws a setting twice
+        setting = from_tune(result.config, space)
+        found[trial_folder(study, setting)] = (setting, result.error)
+    trials = _numbered(study, recipe, list(found.values()))
     for trial in trials:
         drop_models(trial_folder(study, trial["setting"]))
     if not any(t["status"] == "done" for t in trials):
@@ -178,31 +180,37 @@ def _scheduler(settings: TuneSettings) -> Any:
     return FIFOScheduler()
 
 
-def _record(
-    study: Study, number: int, setting: Setting, error: Exception | None, settings: TuneSettings
-) -> dict[str, Any]:
+def _numbered(study: Study, recipe: Recipe, found: list[tuple[Setting, Exception | None]]) -> list[dict[str, Any]]:
+    """Records of the trials: number 0 is the recipe's own setting, the others follow in the order of their first start."""
+    own = default_setting(recipe)
+
+    def started(trial: tuple[Setting, Exception | None]) -> tuple[bool, float]:
+        path = trial_folder(study, trial[0]) / "setting.json"
+        return trial[0] != own, path.stat().st_mtime if path.exists() else math.inf
+
+    return [
+        {"number": number, **_record(study, setting, error, recipe.tune.objective)}
+        for number, (setting, error) in enumerate(sorted(found, key=started), 0 if own in [s for s, _ in found] else 1)
+    ]
+
+
+def _record(study: Study, setting: Setting, error: Exception | None, objective: str) -> dict[str, Any]:
     """What `trials.json` says of one trial."""
     folder = trial_folder(study, setting)
+    record = {"id": folder.name, "setting": setting}
     done = read_json(folder / "result.json")
-    record: dict[str, Any] = {"number": number, "id": folder.name, "setting": setting}
     if done:
         last = done["evaluations"][-1]
         facts = {key: done[key] for key in ("alpha", "evaluations", "seconds", "loss")}
-        return {
-            **record,
-            "status": "done",
-            "objective": last[settings.objective],
-            "mean": last["mean"],
-            "worst": last["worst"],
-            **facts,
-        }
+        scores = {"objective": last[objective], "mean": last["mean"], "worst": last["worst"]}
+        return {**record, "status": "done", **scores, **facts}
     so_far = read_json(folder / "evaluations.json").get("evaluations", [])
-    learned = read_json(folder / "optimize" / "done.json")
-    alpha = dict(zip(study.tasks.names, learned.get("alpha", []), strict=False))
-    if error is not None:
-        text = read_json(folder / "error.json").get("error") or str(error).strip().splitlines()[-1]
-        return {**record, "status": "failed", "error": text, "alpha": alpha, "evaluations": so_far}
-    return {**record, "status": "stopped", "alpha": alpha, "evaluations": so_far}
+    alpha = dict(zip(study.tasks.names, read_json(folder / "optimize" / "done.json").get("alpha", []), strict=False))
+    record |= {"alpha": alpha, "evaluations": so_far}
+    if error is None:
+        return {**record, "status": "stopped"}
+    text = read_json(folder / "error.json").get("error") or str(error).strip().splitlines()[-1]
+    return {**record, "status": "failed", "error": text}
 
 
 @contextmanager

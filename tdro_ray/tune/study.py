@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from tdro_ray import stages
-from tdro_ray.config import Recipe
+from tdro_ray.config import Recipe, recipe_names
 from tdro_ray.errors import DataError
 from tdro_ray.pipeline import Run, key_of
 from tdro_ray.tune.trial import Setting, Study, shortened
@@ -73,8 +73,14 @@ def short_settings(recipe: Recipe) -> tuple[Any, Any]:
 
 def default_setting(recipe: Recipe) -> Setting:
     """The recipe's own values of what is searched: the first trial, and what the best one is compared with."""
-    names = ("eta", "temperature", "measure", *recipe.tune.choices)
-    return {name: getattr(recipe.optimize, name) for name in names}
+    own = recipe.optimize
+    choices = {name: getattr(own, name) for name in ("measure", *recipe.tune.choices)}
+    return {"eta": rounded(own.eta), "temperature": rounded(own.temperature), **choices}
+
+
+def rounded(value: float) -> float:
+    """Return the value with `DIGITS` significant digits."""
+    return float(f"{value:.{DIGITS}g}")
 
 
 def search_space(recipe: Recipe) -> dict[str, tuple[str, Any]]:
@@ -111,7 +117,12 @@ def from_tune(config: dict[str, Any], space: dict[str, tuple[str, Any]]) -> Sett
     setting = {}
     for name, (kind, values) in space.items():
         if kind == "log":
-            setting[name] = float(f"{config[name]:.{DIGITS}g}")
+            setting[name] = rounded(config[name])
         else:
             setting[name] = next(value for value in values if plain(value) == config[name])
     return setting
+
+
+def as_typed(recipe: Recipe) -> str:
+    """Return what a user gives a command for this recipe: the name of a shipped one, else its file."""
+    return recipe.name if recipe.name in recipe_names() else f"{recipe.name}.yaml"

@@ -72,7 +72,8 @@ def run_trial(
             for evaluation in result["evaluations"]:
                 report(metrics_of(evaluation))
             return result
-        write_json(folder / "setting.json", setting)
+        if not (folder / "setting.json").exists():  # its time is the trial's first start
+            write_json(folder / "setting.json", setting)
         learned = _learn(study, setting, folder / "optimize")
         found = _finetune(study, learned["alpha"], folder, report)
         result = {

@@ -80,7 +80,10 @@ def test_a_bad_task_stops_the_ingest_and_leaves_no_task_behind(cli, tmp_path, so
     rewrite(source / "easy" / "train.jsonl.gz", text)
     refused(cli("ingest", recipe), said)
     folder = tmp_path / "runs" / "small"
-    assert not list(folder.glob("store/easy/manifest.json")) and not (folder / "stages" / "ingest" / "manifest.json").exists()
+    assert (
+        not list(folder.glob("store/easy/manifest.json"))
+        and not (folder / "stages" / "ingest" / "manifest.json").exists()
+    )
     assert not leftovers(folder)
 
 
@@ -97,7 +100,16 @@ def test_a_model_folder_without_a_tokenizer_is_refused(cli, tmp_path, recipe):
     from transformers import Qwen2Config, Qwen2Model
 
     folder = tmp_path / "bare"
-    Qwen2Model(Qwen2Config(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=64)).save_pretrained(folder)
+    Qwen2Model(
+        Qwen2Config(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=64,
+        )
+    ).save_pretrained(folder)
     refused(cli("reference", recipe, "--set", f"model.name={folder}"), rf"{folder}.*tokenizer")
     stages = tmp_path / "runs" / "small" / "stages"
     assert not (stages / "model" / "manifest.json").exists() and not (stages / "reference").exists()
@@ -111,7 +123,10 @@ def test_a_model_that_is_not_there_is_refused(cli, recipe, name):
 
 
 def test_more_workers_than_the_cluster_has_cpus(cli, recipe):
-    refused(cli("ingest", recipe, "--set", "scale.num_workers=5"), r"5 workers .* the cluster has 2\. Set scale\.num_workers to at most 3")
+    refused(
+        cli("ingest", recipe, "--set", "scale.num_workers=5"),
+        r"5 workers .* the cluster has 2\. Set scale\.num_workers to at most 3",
+    )
 
 
 def test_a_batch_smaller_than_the_number_of_workers(cli, recipe):
@@ -133,7 +148,10 @@ def test_a_port_in_use(cli, tmp_path, recipe):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        refused(cli("serve", recipe, "--model", model, "--index", index, "--set", f"serve.port={port}"), rf"127\.0\.0\.1:{port}.*serve\.port")
+        refused(
+            cli("serve", recipe, "--model", model, "--index", index, "--set", f"serve.port={port}"),
+            rf"127\.0\.0\.1:{port}.*serve\.port",
+        )
 
 
 def test_a_damaged_weight_file(cli, tmp_path, recipe):

@@ -34,25 +34,27 @@ def free_ports(count):
 @pytest.fixture(scope="module")
 def head():
     """(GCS address, dashboard URL) of a Ray head of this test's own, beside any other on this machine."""
-    folder = tempfile.mkdtemp(prefix="tdro-", dir="/tmp")  # Ray's sockets lie in it, and their paths must be short
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets lie in it, and their paths must be short
     gcs, dashboard, client, agent, grpc = free_ports(5)
     command = f"""{sys.executable} -m ray.scripts.scripts start --head --block --disable-usage-stats --temp-dir={folder} --num-cpus=2
         --node-ip-address=127.0.0.1 --port={gcs} --dashboard-host=127.0.0.1 --dashboard-port={dashboard} --ray-client-server-port={client}
-        --dashboard-agent-listen-port={agent} --dashboard-agent-grpc-port={grpc} --object-store-memory={300 << 20}"""
+        --dashboard-agent-listen-port={agent} --dashboard-agent-grpc-port={grpc} --min-worker-port=0 --max-worker-port=0
+        --object-store-memory={300 << 20}"""
     with (Path(folder) / "start.log").open("w") as log:
         process = subprocess.Popen(
-            command.split(), env=environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN), stdout=log, stderr=log, start_new_session=True
+            command.split(),
+            env=environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     url = f"http://127.0.0.1:{dashboard}"
     try:
         wait_for(f"{url}/api/version", process, Path(folder) / "start.log")
         yield f"127.0.0.1:{gcs}", url
     finally:
-        process.send_signal(signal.SIGTERM)  # --block ends what it started
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # all that it started; SIGTERM would drain the node for half a minute
+        process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -81,7 +83,11 @@ def wait_for(url, process, log):
 def tdro(*arguments, folder=ROOT, timeout=280, **changes):
     return subprocess.run(
         [sys.executable, "-m", "tdro_ray", *map(str, arguments)],
-        cwd=folder, env=environment(**{"RAY_AUTH_TOKEN": TOKEN, "PYTHONPATH": str(ROOT), **changes}), capture_output=True, text=True, timeout=timeout,
+        cwd=folder,
+        env=environment(**{"RAY_AUTH_TOKEN": TOKEN, "PYTHONPATH": str(ROOT), **changes}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
@@ -91,14 +97,30 @@ def test_a_job_is_followed_to_its_end(head, tmp_path):
     assert "quickstart\n" in done.stdout and str(tmp_path / "runs") in done.stdout
     name = re.search(r"Job (tdro-recipes-\w+) submitted", done.stdout)[1]
     job = next(j for j in get(f"{head[1]}/api/jobs/") if j["submission_id"] == name)
-    assert job["status"] == "SUCCEEDED" and job["entrypoint"] == "python -m tdro_ray recipes" and job["metadata"]["job_name"] == "tdro recipes"
+    assert (
+        job["status"] == "SUCCEEDED"
+        and job["entrypoint"] == "python -m tdro_ray recipes"
+        and job["metadata"]["job_name"] == "tdro recipes"
+    )
     assert job["runtime_env"]["env_vars"]["TDRO_RUNS"] == str(tmp_path / "runs")
 
 
 def test_a_failed_job_gives_its_exit_code_and_its_message(head, tmp_path):
-    done = tdro("submit", "ingest", "real", "--set", f"data.sources={tmp_path}/nowhere", RAY_API_SERVER_ADDRESS=head[1], TDRO_RUNS=str(tmp_path))
+    done = tdro(
+        "submit",
+        "ingest",
+        "real",
+        "--set",
+        f"data.sources={tmp_path}/nowhere",
+        RAY_API_SERVER_ADDRESS=head[1],
+        TDRO_RUNS=str(tmp_path),
+    )
     assert done.returncode == 2, done.stderr
-    assert "nowhere' does not exist" in done.stdout and "failed" in done.stderr and "Traceback" not in done.stdout + done.stderr
+    assert (
+        "nowhere' does not exist" in done.stdout
+        and "failed" in done.stderr
+        and "Traceback" not in done.stdout + done.stderr
+    )
 
 
 def test_a_wrong_command_is_not_sent(head):
@@ -141,9 +163,13 @@ def test_a_whole_run_as_a_job_and_its_names_on_the_dashboard(head, tmp_path):
     done = tdro("submit", "run", recipe, RAY_API_SERVER_ADDRESS=head[1], TDRO_RUNS=str(tmp_path / "runs"), timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (tmp_path / "runs" / "small" / "report.html").exists() and "Next:" in done.stdout
-    job = next(j for j in get(f"{head[1]}/api/jobs/") if (j["metadata"] or {}).get("job_name", "").startswith("tdro run"))
+    job = next(
+        j for j in get(f"{head[1]}/api/jobs/") if (j["metadata"] or {}).get("job_name", "").startswith("tdro run")
+    )
     trained = {r["name"].rpartition("-")[0]: r["status"] for r in get(f"{head[1]}/api/train/v2/runs/v1")["train_runs"]}
-    assert trained == dict.fromkeys(("small-reference", "small-optimize", "small-finetune-current", "small-finetune-top70"), "FINISHED")
+    assert trained == dict.fromkeys(
+        ("small-reference", "small-optimize", "small-finetune-current", "small-finetune-top70"), "FINISHED"
+    )
     datasets = " ".join(d["dataset"] for d in get(f"{head[1]}/api/data/datasets/{job['job_id']}")["datasets"])
     for name in ("ingest", "mine:easy", "small-reference", "score", "small-optimize", "evaluate:top70", "index"):
         assert name in datasets

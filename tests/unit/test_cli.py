@@ -59,16 +59,6 @@ def test_recipes_are_listed(cli):
     assert cli("recipes") == (0, "".join(f"{name}\n" for name in recipe_names()), "")
 
 
-def task(folder, lines, test=True):
-    folder.mkdir(parents=True)
-    (folder / "train.jsonl").write_text("\n".join(lines))
-    if test:
-        (folder / "qrels").mkdir()
-        (folder / "corpus.jsonl").write_text('{"_id": "d", "text": "t"}\n')
-        (folder / "queries.jsonl").write_text('{"_id": "q", "text": "t"}\n')
-        (folder / "qrels" / "test.tsv").write_text("q\td\t1\n")
-
-
 MISTAKES = {
     "recipe": (["run", "quikstart"], r"No recipe 'quikstart'\. Did you mean 'quickstart'"),
     "recipe file": (["run", "no/such.yaml"], r"no/such\.yaml cannot be read"),
@@ -86,11 +76,16 @@ MISTAKES = {
     "evaluate before ingest": (["evaluate", "quickstart"], r"tdro (run|ingest|reference) quickstart"),
     "index before evaluate": (["index", "quickstart"], r"tdro (run|ingest|evaluate) quickstart"),
     "serve before index": (["serve", "quickstart"], r"tdro (run|index) quickstart"),
-    "export before training": (["export", "quickstart", "--to", "out"], r"tdro (run|evaluate) quickstart|No trained model"),
-    "report before anything": (["report", "quickstart"], r"quickstart"),
+    "export before training": (
+        ["export", "quickstart", "--to", "out"],
+        r"tdro (run|evaluate) quickstart|No trained model",
+    ),
     "nothing to submit": (["submit"], r"takes a tdro command"),
     "a wrong command to submit": (["submit", "run", "quikstart"], r"Did you mean 'quickstart'"),
-    "no cluster to submit to": (["submit", "--address", "http://127.0.0.1:9", "recipes"], r"No Ray cluster answers at http://127\.0\.0\.1:9"),
+    "no cluster to submit to": (
+        ["submit", "--address", "http://127.0.0.1:9", "recipes"],
+        r"No Ray cluster answers at http://127\.0\.0\.1:9",
+    ),
 }
 
 
@@ -102,17 +97,25 @@ def test_a_mistake_is_one_clear_message_and_exit_code_2(cli, tmp_path, arguments
     assert re.search(said, err), err
     assert err.startswith("tdro: ") and len(err.splitlines()) == 1 and "Traceback" not in out + err
     half = [p for p in tmp_path.rglob("*") if p.name.startswith(".") or "tmp" in p.name]
-    assert not half and not list(tmp_path.glob("runs/*/stages/*/manifest.json")) and not list(tmp_path.glob("runs/*/store"))
+    assert (
+        not half
+        and not list(tmp_path.glob("runs/*/stages/*/manifest.json"))
+        and not list(tmp_path.glob("runs/*/store"))
+    )
 
 
-@pytest.mark.parametrize("arguments", [["rum", "quickstart"], ["run"], [], ["run", "quickstart", "--sett", "a=b"], ["export", "quickstart"]])
+@pytest.mark.parametrize(
+    "arguments", [["rum", "quickstart"], ["run"], [], ["run", "quickstart", "--sett", "a=b"], ["export", "quickstart"]]
+)
 def test_a_wrong_command_line_shows_the_usage(cli, arguments):
     code, _, err = cli(*arguments)
     assert code == 2 and "usage: tdro" in err and "Traceback" not in err
 
 
 def test_a_wrong_command_names_the_valid_ones(cli):
-    assert all(repr(command) in cli("rum", "quickstart")[2] or command in cli("rum", "quickstart")[2] for command in COMMANDS)
+    assert all(
+        repr(command) in cli("rum", "quickstart")[2] or command in cli("rum", "quickstart")[2] for command in COMMANDS
+    )
 
 
 def test_an_interruption_is_said_and_exits_130(cli, monkeypatch):

@@ -36,7 +36,13 @@ def test_the_name_is_the_files_unless_it_says_so(recipe_file, tmp_path):
 def test_set_reads_values_as_yaml(recipe_file):
     found = load_recipe(
         str(recipe_file),
-        ("weights=[ema, top70]", "model.instructions=false", "data.sources=folder", "index.tasks=[a]", "optimize.learning_rate=1.0e-3"),
+        (
+            "weights=[ema, top70]",
+            "model.instructions=false",
+            "data.sources=folder",
+            "index.tasks=[a]",
+            "optimize.learning_rate=1.0e-3",
+        ),
     )
     assert found.weights == ("ema", "top70") and found.model.instructions is False
     assert found.data.sources == ("folder",) and found.index.tasks == ("a",) and found.optimize.learning_rate == 1e-3
@@ -121,7 +127,10 @@ def test_where_runs_live(monkeypatch, tmp_path, recipe_file):
     monkeypatch.delenv("TDRO_RUNS", raising=False)
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(str(recipe_file))
-    assert run_folder(recipe) == tmp_path / "runs" / "mine" and store_folder(recipe) == tmp_path / "runs" / "mine" / "store"
+    assert (
+        run_folder(recipe) == tmp_path / "runs" / "mine"
+        and store_folder(recipe) == tmp_path / "runs" / "mine" / "store"
+    )
     monkeypatch.setenv("TDRO_RUNS", str(tmp_path / "elsewhere"))
     assert run_folder(recipe) == tmp_path / "elsewhere" / "mine"
     assert store_folder(load_recipe(str(recipe_file), ("data.store=s",))) == tmp_path / "s"

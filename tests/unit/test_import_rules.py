@@ -124,7 +124,9 @@ print(*[name for name in {watched!r} if sys.modules.get(name)])
 HEAVY = ("torch", "ray", "lance", "transformers", "faiss", "matplotlib", "scipy")
 
 
-@pytest.mark.parametrize("module", ["tdro_ray.__main__", "tdro_ray.config", "tdro_ray.commands", "tdro_ray.stages", "tdro_ray.display"])
+@pytest.mark.parametrize(
+    "module", ["tdro_ray.__main__", "tdro_ray.config", "tdro_ray.commands", "tdro_ray.stages", "tdro_ray.display"]
+)
 def test_the_command_line_loads_nothing_heavy(module):
     assert not loaded_by(module, HEAVY)
 
@@ -137,5 +139,10 @@ def test_the_training_loop_runs_without_ray_and_lance():
 def test_nothing_reads_the_environment_at_import(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     at_import = [n for n in tree.body if not isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
-    read = [n.lineno for top in at_import for n in ast.walk(top) if isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv")]
+    read = [
+        n.lineno
+        for top in at_import
+        for n in ast.walk(top)
+        if isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv")
+    ]
     assert not read

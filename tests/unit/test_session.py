@@ -18,7 +18,9 @@ from tdro_ray.errors import ResourceError  # noqa: E402
     [(2, 0.5, 0.25, 2), (3, 0.5, 0.25, 2), (1, 0.25, 0.25, 0.5), (7, 0.25, 0.25, 2), (3, 0.3, 0.1, 1)],
 )
 def test_workers_that_fit_pass(workers, each, task, cpus):
-    session.check_fit(ScaleSettings(num_workers=workers, cpus_per_worker=each, cpus_per_data_task=task), cpus, 0, "here")
+    session.check_fit(
+        ScaleSettings(num_workers=workers, cpus_per_worker=each, cpus_per_data_task=task), cpus, 0, "here"
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,12 +59,16 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "nonsense", "host:port", "no-such-host.invalid:6379"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "nonsense", "host:port", "no-such-host.invalid:6379"]
+)
 def test_an_address_without_a_cluster_is_refused_soon(monkeypatch, address):
     address = address.format(port=free_port())
     monkeypatch.setenv("RAY_ADDRESS", address)
     began = time.monotonic()
-    with pytest.raises(ResourceError, match="No Ray cluster answers at RAY_ADDRESS=.*ray start --head.*unset RAY_ADDRESS") as caught:
+    with pytest.raises(
+        ResourceError, match="No Ray cluster answers at RAY_ADDRESS=.*ray start --head.*unset RAY_ADDRESS"
+    ) as caught:
         session.connect(ScaleSettings())
     assert address in str(caught.value)
     assert time.monotonic() - began < 15

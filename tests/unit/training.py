@@ -18,7 +18,25 @@ from tdro_ray.types import RetrieverSpec
 TASKS = TaskSettings(
     names=("a", "b", "c"), sizes=(40, 30, 20), temperatures=(None, 0.1, None), in_batch=(True, True, False)
 )
-WORDS = "alpha beta gamma delta parse read write file date time list of the a to in on".split()
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "parse",
+    "read",
+    "write",
+    "file",
+    "date",
+    "time",
+    "list",
+    "of",
+    "the",
+    "a",
+    "to",
+    "in",
+    "on",
+]
 
 
 def tiny_base(folder: Path, seed: int = 0, **spec: object) -> Path:
