@@ -107,9 +107,9 @@ def test_a_wrong_file_says_so(tmp_path, text, said):
 
 
 def test_a_recipe_that_is_not_there_names_the_nearest():
-    with pytest.raises(ConfigError, match="No recipe 'quikstart'. Did you mean 'quickstart'"):
+    with pytest.raises(ConfigError, match=r"No recipe 'quikstart'. Did you mean 'quickstart'"):
         load_recipe("quikstart")
-    with pytest.raises(ConfigError, match="cannot be read: No such file.*quickstart"):
+    with pytest.raises(ConfigError, match=r"cannot be read: No such file.*quickstart"):
         load_recipe("there/is/no.yaml")
 
 

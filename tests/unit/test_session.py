@@ -67,7 +67,7 @@ def test_an_address_without_a_cluster_is_refused_soon(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     began = time.monotonic()
     with pytest.raises(
-        ResourceError, match="No Ray cluster answers at RAY_ADDRESS=.*ray start --head.*unset RAY_ADDRESS"
+        ResourceError, match=r"No Ray cluster answers at RAY_ADDRESS=.*ray start --head.*unset RAY_ADDRESS"
     ) as caught:
         session.connect(ScaleSettings())
     assert address in str(caught.value)
