@@ -30,7 +30,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 LIMIT = 100 << 20  # bytes of a job's working directory that Ray takes
 # In the syntax of .gitignore, names at any depth; Ray leaves out what .gitignore names as well.
 EXCLUDES = [".venv", "venv", "runs", "stores", ".git", "tests", "*.lance", "*.egg-info", "__pycache__", ".*_cache"]
-PATH_SETTINGS = ("data.store", "data.sources", "model.name", "evaluate.extra_tests")
+PATH_SETTINGS = ("data.store", "data.sources", "model.name", "evaluate.extra_tests", "weights", "compare")
 PATH_OPTIONS = ("--model", "--index", "--to")
 CHATTY = (
     "ray.dashboard.modules.job.sdk",

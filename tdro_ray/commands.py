@@ -61,6 +61,7 @@ def _whole_run(run: Run, arguments: argparse.Namespace) -> None:
 
     began = time.monotonic()
     stages.ingest(run)
+    stages.tests_of(run)  # a run without any test is refused now, not after all training
     stages.mine(run)
     stages.model(run)
     stages.reference(run)
@@ -246,6 +247,8 @@ def _quiet_libraries() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "true",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        # Lines that Ray prints past log_to_driver, harmless and no news to the user.
+        "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started|ServeController.graceful_shutdown failed",
         "DS_ACCELERATOR": "cpu" if not _has_gpu() else "cuda",
     }.items():
         os.environ.setdefault(name, value)

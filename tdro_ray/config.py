@@ -196,6 +196,7 @@ class TuneSettings(Settings):
     objective: Literal["mean", "worst"] = "mean"  # over tasks, of nDCG on the dev queries
     evaluations: int = Field(1, ge=1)  # of a trial's fine-tuning, evenly spread; the last one is the objective
     scheduler: Literal["none", "asha", "median"] = "none"  # stops weak trials between their evaluations
+    confirm: int = Field(0, ge=0)  # further seeds on which the best trial is compared with the recipe's own setting
     concurrent: int = Field(0, ge=0)  # trials at once; 0: as many as fit
     cpus_per_trial: float = Field(1.0, gt=0)
 
@@ -204,6 +205,8 @@ class TuneSettings(Settings):
         for name, (low, high) in {"eta": self.eta, "temperature": self.temperature}.items():
             if not 0 < low <= high:
                 raise ValueError(f"tune.{name} must be two numbers above 0, the smaller first")
+        if self.confirm == 1:
+            raise ValueError("tune.confirm 1 gives no interval: set it to 0, or to at least 2 seeds")
         if self.scheduler != "none" and self.evaluations < 2:
             raise ValueError(
                 f"tune.scheduler {self.scheduler} needs tune.evaluations of at least 2: it stops trials between them"

@@ -88,6 +88,11 @@ def load_tokenizer(name: str) -> Any:
             f"Model {name!r} has no tokenizer that can be loaded ({str(err).strip().splitlines()[0][:200]}). "
             "Put tokenizer.json and tokenizer_config.json into the folder: AutoTokenizer.from_pretrained(…).save_pretrained(folder)."
         ) from err
+    if not tokenizer("a b c")["input_ids"]:  # transformers makes up an empty one for a folder without tokenizer files
+        raise CheckpointError(
+            f"Model {name!r} has no tokenizer. Put tokenizer.json and tokenizer_config.json into the folder: "
+            "AutoTokenizer.from_pretrained(…).save_pretrained(folder)."
+        )
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(
             f"Model {name!r} has only a slow tokenizer; convert it to a fast one (tokenizer.json) first."

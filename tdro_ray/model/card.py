@@ -35,7 +35,7 @@ def write_card(folder: Path, spec: RetrieverSpec, run_folder: Path, name: str) -
         _usage(spec, folder),
         _prompts(spec),
         _data(tasks, weights, name),
-        _training(config, name),
+        _training(config, _read(run_folder / "weights" / f"{name}.json").get("meta", {}), name),
         _results(run_folder, name),
         _limits(spec, config, tasks),
     ]
@@ -145,10 +145,11 @@ def _data(tasks: dict[str, Any], weights: dict[str, float], name: str) -> str:
     )
 
 
-def _training(config: dict[str, Any], name: str) -> str:
+def _training(config: dict[str, Any], meta: dict[str, Any], name: str) -> str:
+    """Settings of the training; `meta` is of the weight file and says how the weights were learned."""
     if not config:
         return ""
-    model, optimize = config.get("model", {}), config.get("optimize", {})
+    model, optimize = config.get("model", {}), meta.get("settings", {})
     stage = config.get("reference" if name == BASELINE else "finetune", {})
     rows = [[key.replace("_", " "), f"{stage[key]:g}"] for key in SETTINGS if key in stage]
     lora = model.get("lora")
@@ -157,7 +158,7 @@ def _training(config: dict[str, Any], name: str) -> str:
         ["loss", "InfoNCE, hard and in-batch negatives, batches of one task"],
         ["seed", str(config.get("seed", "–"))],
     ]
-    if name not in (BASELINE, "proportional") and optimize:
+    if optimize:
         what = f"measure {optimize.get('measure')}, eta {optimize.get('eta')}, temperature {optimize.get('temperature')}, {optimize.get('steps')} steps"
         rows.append(["task weights learned by", f"{what} of a proxy"])
     return "## Training\n\n" + "\n".join([_row(["Setting", "Value"]), _row(["---", "---"]), *map(_row, rows)])

@@ -154,15 +154,17 @@ def _checkpoint(
     retriever: Retriever,
 ) -> None:
     state = backend.state_dict()
+    if context.rank != 0:
+        context.report({"step": step})
+        return
     folder = Path(tempfile.mkdtemp(prefix="tdro-"))
-    if context.rank == 0:
-        dro = None if weights is None else {"weights": weights.state_dict(), "trajectory": trajectory}
-        if step == job.settings.steps:
-            save_retriever(retriever, job.base, folder / "model")
-            if weights is not None:
-                _write_weights(folder, job, weights, trajectory)
-        checkpoint.write(folder, step, job.key, state, dro)
-    context.report({"step": step}, folder if context.rank == 0 else None)
+    dro = None if weights is None else {"weights": weights.state_dict(), "trajectory": trajectory}
+    if step == job.settings.steps:
+        save_retriever(retriever, job.base, folder / "model")
+        if weights is not None:
+            _write_weights(folder, job, weights, trajectory)
+    checkpoint.write(folder, step, job.key, state, dro)
+    context.report({"step": step}, folder)
 
 
 def _write_weights(folder: Path, job: TrainJob, weights: TaskWeights, trajectory: list[Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from tdro_ray.config import Recipe
 from tdro_ray.errors import ResourceError
 
-PROCESS_MEMORY = 1.2e9  # bytes of a trial's process without its model: Python, torch, Ray, a few batches
+PROCESS_MEMORY = 1.8e9  # bytes of a process without its model, as measured: Python, torch, Ray, 16,384 tokens at work
 MODEL_MEMORY = 20  # bytes a parameter: weights, gradients, two moments of Adam, and the evaluated copy
 
 

@@ -31,7 +31,7 @@ def render(recipe: Recipe, trials: list[dict[str, Any]], best: dict[str, Any], f
     """Return the page; the same study gives the same bytes."""
     parts = [
         ("settings", "Settings tried", _settings(recipe, trials, best)),
-        ("against", "Best trial against the recipe's own setting", _against(recipe, best)),
+        ("against", "Against the recipe's own setting", _against(recipe, best)),
         ("weights", "Weights that the best trials learned", _weights(trials, folder)),
         ("cost", "Cost", _cost(trials)),
         ("repeat", "Use it", _use(recipe, best)),
@@ -72,27 +72,35 @@ def _head(recipe: Recipe, trials: list[dict[str, Any]], best: dict[str, Any], li
 
 
 def _verdict(recipe: Recipe, best: dict[str, Any]) -> str:
-    against = best.get("mean_against_default")
     text = (
         f"Trial {best['trial']} is the best: {describe(best['setting'])}, {label_of(recipe)} {best['objective']:.3f}."
     )
-    tone = ""
-    if against is None:
+    if "rival" not in best:
         text += " It is the recipe's own setting." if best["trial"] == 0 else " The recipe's own setting has no result."
+        return f'<div class="verdict"><p>{esc(text)}</p></div>'
+    against = best["mean_against_default"]
+    sure = against["low"] > 0
+    if best["trial"] == 0:
+        text += f" It is the recipe's own setting. The next best, trial {best['rival']}, against it: {_with_interval(against)}."
     else:
-        sure = against["low"] > 0
-        tone = " good" if sure else ""
-        interval = f"{number(against['low'], '+.3f')} to {number(against['high'], '+.3f')}"
         ending = "" if sure else ", which does not rule out that they are equal"
-        text += f" Against the recipe's own setting: {number(against['mean_diff'], '+.3f')} (95% interval {interval}){ending}."
-    return f'<div class="verdict{tone}"><p>{esc(text)}</p></div>'
+        text += f" Against the recipe's own setting: {_with_interval(against)}{ending}."
+    if "seeds" in best:
+        sure = best["seeds"]["low"] > 0
+        text += f" Over {len(best['seeds']['seeds'])} further seeds: {_with_interval(best['seeds'])}."
+    return f'<div class="verdict{" good" if sure else ""}"><p>{esc(text)}</p></div>'
+
+
+def _with_interval(found: dict[str, Any]) -> str:
+    ends = f"{number(found['low'], '+.3f')} to {number(found['high'], '+.3f')}"
+    return f"{number(found['mean_diff'], '+.3f')} (95% interval {ends})"
 
 
 def _warnings(recipe: Recipe, trials: list[dict[str, Any]], best: dict[str, Any]) -> list[str]:
     finished = sum(t["status"] == "done" for t in trials)
     lines = [
-        f"The best of {finished} was picked on these dev queries, so its lead is flattered; intervals are over queries, not over seeds. "
-        "Confirm it: run the recipe with it and compare on the held-out tests.",
+        f"The best of {finished} was picked on these dev queries, so its lead is flattered. {_confirming(best)}"
+        "In the end only a run of the recipe with it counts, on the held-out tests.",
         f"Trials are short ({recipe.tune.optimize_steps} and {recipe.tune.finetune_steps} steps; the recipe takes "
         f"{recipe.optimize.steps} and {recipe.finetune.steps}): eta in particular depends on the number of steps.",
     ]
@@ -109,12 +117,20 @@ def _warnings(recipe: Recipe, trials: list[dict[str, Any]], best: dict[str, Any]
     return lines
 
 
+def _confirming(best: dict[str, Any]) -> str:
+    if "seeds" in best:
+        return "The further seeds draw other rows for the fine-tuning; weights and dev queries stay. "
+    return (
+        "Intervals are over queries, not over seeds: --set tune.confirm=3 repeats both fine-tunings with three more. "
+    )
+
+
 def _tiles(recipe: Recipe, trials: list[dict[str, Any]], best: dict[str, Any]) -> str:
     done = [t for t in trials if t["status"] == "done"]
     values = sorted(t["objective"] for t in done)
     spent = sum(sum(t["seconds"].values()) for t in done)
     tiles = [(f"{best['objective']:.3f}", f"best {label_of(recipe)}: trial {best['trial']}")]
-    if "default" in best:
+    if "default" in best and best["trial"] != 0:
         tiles.append((f"{best['default']['objective']:.3f}", "the recipe's own setting"))
     tiles += [
         (f"{values[0]:.3f}–{values[-1]:.3f}", "from the lowest to the highest trial"),
@@ -183,22 +199,38 @@ def _trial_table(recipe: Recipe, trials: list[dict[str, Any]], best: dict[str, A
 def _against(recipe: Recipe, best: dict[str, Any]) -> str:
     per_task = best.get("tasks_against_default")
     if not per_task:
-        return missing("Nothing to compare: the best trial is the recipe's own setting, or that one has no result.")
+        return missing("Nothing to compare: the recipe's own setting has no result, or no other trial has one.")
     rows = [
         (task, c["mean_diff"], c["low"], c["high"], c["p_holm"] < 0.05)
         for task, c in sorted(per_task.items(), key=lambda item: -item[1]["mean_diff"])
     ]
     caption = (
-        f"Trial {best['trial']} against trial 0, task by task, with 95% bootstrap intervals over the dev queries. "
+        f"Trial {best['rival']} against trial 0, task by task, with 95% bootstrap intervals over the dev queries. "
         "Filled and coloured: significant after Holm's correction over the tasks; hollow and grey: not."
     )
-    return figure(
+    return _seed_table(recipe, best) + figure(
         caption,
         partial(
-            shared.differences, rows=rows, label=f"nDCG@{recipe.evaluate.ndcg_at}, trial {best['trial']} − trial 0"
+            shared.differences, rows=rows, label=f"nDCG@{recipe.evaluate.ndcg_at}, trial {best['rival']} − trial 0"
         ),
         "differences",
     )
+
+
+def _seed_table(recipe: Recipe, best: dict[str, Any]) -> str:
+    """Both settings on every further seed."""
+    if "seeds" not in best:
+        return ""
+    runs = best["seeds"]
+    rows = [
+        ([f"{seed}", number(a, ".3f"), number(b, ".3f"), difference(a - b, False)], "")
+        for seed, a, b in zip(runs["seeds"], runs["rival"], runs["default"], strict=True)
+    ]
+    mean = [sum(runs[name]) / len(rows) for name in ("rival", "default")]
+    ends = f"<small>{number(runs['low'], '+.3f')} to {number(runs['high'], '+.3f')}</small>"
+    rows.append((["Mean", *(number(m, ".3f") for m in mean), number(runs["mean_diff"], "+.3f") + ends], "sum"))
+    head = ["Seed of the fine-tuning", f"Trial {best['rival']}", "Trial 0", "Difference"]
+    return f"<h3>Mean nDCG@{recipe.evaluate.ndcg_at} on further seeds</h3>" + table(head, rows)
 
 
 def _weights(trials: list[dict[str, Any]], folder: Path) -> str:
@@ -248,6 +280,7 @@ def _method(recipe: Recipe, trials: list[dict[str, Any]]) -> str:
         "temperature": "The proxy's tau in stage 1; the fine-tuning keeps the recipe's own.",
         "measure": "What stage 1 takes for the need of a task: ratio, excess, … of proxy and reference loss.",
         "Trial 0": "The recipe's own setting, run under the same short budget.",
+        "Further seeds": "The weights of a trial, fine-tuned with again; their interval is Student's t over paired runs.",
         "Interval": "95% percentile bootstrap of the mean difference over dev queries, drawn anew within each task.",
     }
     return "<dl>" + "".join(f"<dt>{esc(term)}</dt><dd>{esc(text)}</dd>" for term, text in terms.items()) + "</dl>"

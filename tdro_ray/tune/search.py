@@ -21,10 +21,10 @@ from typing import Any
 from tdro_ray.config import Recipe, TuneSettings
 from tdro_ray.errors import ConfigError, TdroError
 from tdro_ray.pipeline import Progress, Run, Stage, key_of, read_json, write_json
-from tdro_ray.tune.outcome import best_of
+from tdro_ray.tune.outcome import best_of, confirmed
 from tdro_ray.tune.preflight import preflight
 from tdro_ray.tune.study import default_setting, from_tune, make_study, plain, prepare, search_space, to_tune, within
-from tdro_ray.tune.trial import Setting, Study, drop_models, run_trial, trial_folder
+from tdro_ray.tune.trial import Setting, Study, confirm_trial, drop_models, run_trial, trial_folder
 
 INTERVAL = 1.0  # seconds between two looks at the trials
 ENVIRONMENT = {  # of Tune while it searches
@@ -57,6 +57,8 @@ def tune(run: Run) -> None:
         study = make_study(run, shared)
         trials = search(study, recipe, concurrent, run.path("tune") / "ray", key, progress)
         best = best_of(recipe, trials, study.folder)
+        if recipe.tune.confirm and "default" in best:
+            best = confirmed(best, confirm(study, recipe, best, progress))
         write_json(out / "trials.json", trials)
         write_json(out / "best.json", best)
         write_report(recipe, trials, best, study.folder, out / "report.html")
@@ -118,6 +120,23 @@ def search(
         error = next((t["error"] for t in trials if t["status"] == "failed"), "stopped early")
         raise TdroError(f"None of the {len(trials)} trials finished; the first that failed: {error}")
     return trials
+
+
+def confirm(study: Study, recipe: Recipe, best: dict[str, Any], progress: Progress) -> dict[str, list[float]]:
+    """Return the mean nDCG of the rival and of the recipe's own setting for each of `tune.confirm` further seeds."""
+    import ray
+
+    task = ray.remote(confirm_trial).options(
+        num_cpus=recipe.tune.cpus_per_trial, num_gpus=1 if recipe.scale.use_gpu else 0, name="tdro_confirm"
+    )
+    seeds = [recipe.seed + 1 + i for i in range(recipe.tune.confirm)]
+    settings = {"rival": best["rival_setting"], "default": best["default"]["setting"]}
+    asked = {(name, seed): task.remote(study, setting, seed) for seed in seeds for name, setting in settings.items()}
+    waiting = list(asked.values())
+    while waiting:
+        progress.update(f"confirming: {len(asked) - len(waiting)} of {len(asked)} runs", 1 - len(waiting) / len(asked))
+        _, waiting = ray.wait(waiting, timeout=10)
+    return {"seeds": seeds, **{name: [ray.get(asked[name, seed]) for seed in seeds] for name in settings}}
 
 
 def _trainable(study: Study, space: dict[str, tuple[str, Any]]) -> Callable[[dict[str, Any]], None]:
@@ -272,10 +291,16 @@ def _closing(run: Run, best: dict[str, Any], out: Path) -> None:
     print(
         f"\n{best['line'][0].upper()}{best['line'][1:]}: {', '.join(o.removeprefix('optimize.') for o in best['set'])}"
     )
-    against = best.get("mean_against_default")
+    against, seeds = best.get("mean_against_default"), best.get("seeds")
     if against:
         print(
-            f"Mean over tasks against the recipe's setting: {against['mean_diff']:+.4f} (95% interval {against['low']:+.4f} to {against['high']:+.4f}, over dev queries)"
+            f"Mean over tasks, trial {best['rival']} against the recipe's own setting: {against['mean_diff']:+.4f} "
+            f"(95% interval {against['low']:+.4f} to {against['high']:+.4f}, over dev queries)"
+        )
+    if seeds:
+        print(
+            f"The same over {len(seeds['seeds'])} further seeds: {seeds['mean_diff']:+.4f} "
+            f"(95% interval {seeds['low']:+.4f} to {seeds['high']:+.4f})"
         )
     print(f"Report: {out / 'report.html'}\n\nNext:\n  {best['command']}")
     if os.environ.get("RAY_ADDRESS"):

@@ -9,6 +9,7 @@ where it was or answers at once.
     optimize/, finetune/           metrics.jsonl; checkpoints while they train
     evaluations.json               evaluations so far: step of the fine-tuning, nDCG per task
     result.json                    written last
+    confirm-<seed>.json            the last evaluation of a further fine-tuning, rows drawn by that seed
 """
 
 from __future__ import annotations
@@ -147,6 +148,20 @@ def _learn(study: Study, setting: Setting, out: Path) -> dict[str, Any]:
     return done
 
 
+def confirm_trial(study: Study, setting: Setting, seed: int) -> float:
+    """Fine-tune again with the weights of a finished trial, rows drawn by another seed; return the mean nDCG."""
+    folder = trial_folder(study, setting)
+    path = folder / f"confirm-{seed}.json"
+    found = read_json(path)
+    if not found:
+        alpha = list(read_json(folder / "result.json")["alpha"].values())
+        again = replace(study, seed=seed, evaluations=1)
+        found = _finetune(again, alpha, folder / f"confirm-{seed}", lambda metrics: None)["evaluations"][-1]
+        write_json(path, found)
+        shutil.rmtree(folder / f"confirm-{seed}")
+    return float(found["mean"])
+
+
 def _finetune(
     study: Study, alpha: list[float], folder: Path, report: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
@@ -161,7 +176,7 @@ def _finetune(
     sizes = study.batches.plan.sizes
     plan = Plan(sizes, alpha, settings.steps, settings.batch_size, study.seed, "homogeneous")
     batches = replace(study.batches, plan=plan, num_negatives=settings.num_negatives, scores=None)
-    key = key_of(study.key, alpha, "finetune")
+    key = key_of(study.key, alpha, study.seed)
     job = TrainJob(key, study.batches.model, folder / "finetune", settings, study.model, study.tasks, study.seed)
     found = _Evaluations(study, job, folder / "evaluations.json", report)
 

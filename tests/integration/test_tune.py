@@ -17,9 +17,9 @@ from tdro_ray.config import Recipe
 from tdro_ray.display import Lines
 from tdro_ray.pipeline import Run
 from tdro_ray.tune import trial as trial_module
-from tdro_ray.tune.search import tune
+from tdro_ray.tune.search import confirm, tune
 from tdro_ray.tune.study import default_setting, make_study, prepare
-from tdro_ray.tune.trial import load_checkpoint, run_trial, trial_folder
+from tdro_ray.tune.trial import confirm_trial, load_checkpoint, run_trial, trial_folder
 
 TUNE = {"optimize_steps": 4, "finetune_steps": 6, "trials": 2}
 
@@ -124,6 +124,21 @@ def test_weak_trials_are_stopped_between_evaluations(made: dict[str, Any]) -> No
     assert {t["status"] for t in found} <= {"done", "stopped"} and found[0]["status"] == "done"
     assert all([e["step"] for e in t["evaluations"]] == [2, 4, 6] for t in found if t["status"] == "done")
     assert all(len(t["evaluations"]) < 3 for t in found if t["status"] == "stopped")
+
+
+def test_both_settings_are_fine_tuned_again_on_further_seeds(made: dict[str, Any]) -> None:
+    run = make_run(made, confirm=2)
+    study = make_study(run, prepare(run))
+    settings = [default_setting(run.recipe), {**default_setting(run.recipe), "eta": 0.01}]
+    first = [run_trial(study, setting)["evaluations"][-1]["mean"] for setting in settings]
+    best = {"rival_setting": settings[1], "default": {"setting": settings[0]}}
+    with Lines().stage("tune") as progress:
+        found = confirm(study, run.recipe, best, progress)
+        files = {p: p.stat().st_mtime_ns for p in study.folder.glob("*/confirm-*.json")}
+        assert confirm(study, run.recipe, best, progress) == found
+    assert found["seeds"] == [43, 44] and len(files) == 4
+    assert {p: p.stat().st_mtime_ns for p in study.folder.glob("*/confirm-*")} == files  # no folder, nothing again
+    assert confirm_trial(study, settings[0], study.seed) == first[0]  # the search's own seed gives the search's result
 
 
 def test_an_interrupted_trial_goes_on_and_ends_the_same(made: dict[str, Any], tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def make_bert(folder: Path) -> Path:
 
 
 def make_run(folder: Path) -> Path:
-    recipe = Recipe.model_validate({"name": "small", "data": {"sources": ["environment"]}, "optimize": {"eta": 0.05}})
+    recipe = Recipe.model_validate({"name": "small", "data": {"sources": ["environment"]}})
     write_json(folder / "config.json", recipe.model_dump(mode="json"))
     tasks = {
         "questions": {"rows": 900, "language": "en", "licence": "CC BY 4.0", "description": "question | answer"},
@@ -64,7 +64,10 @@ def make_run(folder: Path) -> Path:
     }
     write_json(folder / "stages" / "ingest" / "manifest.json", {"summary": {"tasks": tasks}})
     sizes = {"duplicates": 100, "questions": 900}
-    write_weights(folder / "weights" / "current.json", WeightFile({"duplicates": 0.25, "questions": 0.75}, sizes))
+    learned = WeightFile(
+        {"duplicates": 0.25, "questions": 0.75}, sizes, {"settings": {"measure": "ratio", "eta": 0.05}}
+    )
+    write_weights(folder / "weights" / "current.json", learned)
     for model, score in {"uniform": 0.4, "current": 0.5}.items():
         metrics = {task: {"ndcg@10": score, "recall@100": 0.9} for task in tasks}
         write_json(folder / "eval" / f"{model}.json", summarise(metrics))

@@ -13,7 +13,7 @@ import pytest
 from tdro_ray.config import OptimizeSettings, Recipe, TrainSettings
 from tdro_ray.dro.files import write_trajectory
 from tdro_ray.errors import ResourceError
-from tdro_ray.tune.outcome import best_of
+from tdro_ray.tune.outcome import best_of, confirmed
 from tdro_ray.tune.preflight import preflight
 from tdro_ray.tune.report import render, write_report
 from tdro_ray.tune.study import default_setting, from_tune, search_space, to_tune, within
@@ -68,9 +68,9 @@ def test_options_of_the_recipes_measure_are_not_passed_to_another() -> None:
         ({"trials": 3}, {"CPU": 16}, 3, "no more are wanted"),
         ({"cpus_per_trial": 0.5}, {"CPU": 2}, 4, "2 CPUs at 0.5 a trial"),
         ({"concurrent": 1}, {"CPU": 2}, 1, "tune.concurrent; 2 CPUs at 1 a trial make room for 2"),
-        ({}, {"CPU": 16, "memory": 5e9}, 3, "5 GB of memory at about 1.4 GB a trial"),
+        ({}, {"CPU": 16, "memory": 7e9}, 3, "7 GB of memory at about 2.0 GB a trial"),
         ({}, {"CPU": 2, "memory": 1e9}, 1, "Memory is tight"),
-        ({"concurrent": 4}, {"CPU": 4, "memory": 2e9}, 4, "Memory is tight: about 6 GB of 2 GB"),
+        ({"concurrent": 4}, {"CPU": 4, "memory": 2e9}, 4, "Memory is tight: about 8 GB of 2 GB"),
     ],
 )
 def test_preflight_says_how_many_trials_fit_and_why(
@@ -150,10 +150,33 @@ def test_a_lead_that_may_be_chance_is_said_to_be_one(tmp_path: Path) -> None:
     assert best_of(found, trials, tmp_path)["warnings"] == [
         "the best trial is not clearly better than the recipe's own setting"
     ]
-    worse = make_study(tmp_path / "own", found, [-0.1])
-    assert best_of(found, worse, tmp_path / "own")["line"].endswith("(trial 0), the recipe's own setting")
-    page = render(found, worse, best_of(found, worse, tmp_path / "own"), tmp_path / "own")
-    assert "It is the recipe&#x27;s own setting." in page and "Nothing to compare" in page
+
+
+def test_the_next_best_is_compared_where_the_recipes_own_setting_wins(tmp_path: Path) -> None:
+    found = recipe()
+    trials = make_study(tmp_path, found, [-0.1, -0.05])
+    best = best_of(found, trials, tmp_path)
+    assert (best["trial"], best["rival"], best["warnings"]) == (0, 2, [])
+    assert best["line"].endswith("(trial 0), the recipe's own setting")
+    assert best["mean_against_default"]["mean_diff"] == pytest.approx(-0.05)
+    page = render(found, trials, best, tmp_path)
+    assert "It is the recipe&#x27;s own setting. The next best, trial 2, against it: −0.050" in page
+    alone = best_of(found, trials[:1], tmp_path)
+    assert "rival" not in alone and "Nothing to compare" in render(found, trials[:1], alone, tmp_path)
+
+
+def test_further_seeds_have_the_last_word(tmp_path: Path) -> None:
+    from scipy.stats import ttest_rel
+
+    found = recipe()
+    trials = make_study(tmp_path, found, [0.05])
+    runs = {"seeds": [43, 44, 45], "rival": [0.5, 0.52, 0.49], "default": [0.5, 0.49, 0.5]}
+    best = confirmed(best_of(found, trials, tmp_path), runs)
+    low, high = ttest_rel(runs["rival"], runs["default"]).confidence_interval()
+    assert (best["seeds"]["low"], best["seeds"]["high"]) == (pytest.approx(low), pytest.approx(high)) and low < 0
+    assert best["warnings"] == ["the best trial is not clearly better than the recipe's own setting"]
+    page = render(found, trials, best, tmp_path)
+    assert "Over 3 further seeds: +0.007" in page and "on further seeds" in page
 
 
 def test_the_settings_to_paste_undo_options_of_another_measure(tmp_path: Path) -> None:
@@ -186,6 +209,7 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, evaluations: int)
         ({"choices": {"clip": []}}, "at least one value"),
         ({"choices": {"clip": [-1.0]}}, "greater than 0"),
         ({"eta": [0.1, 0.01]}, "the smaller first"),
+        ({"confirm": 1}, "at least 2 seeds"),
         ({"scheduler": "asha"}, "tune.evaluations of at least 2"),
     ],
 )
