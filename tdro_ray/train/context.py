@@ -66,7 +66,10 @@ class LocalContext:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         target = self._folder / f"step-{metrics['step']:09d}"
+        arriving = self._folder / ".arriving"  # a move from another filesystem is a copy, which a kill can cut short
+        shutil.rmtree(arriving, ignore_errors=True)
+        shutil.move(str(checkpoint), arriving)
         shutil.rmtree(target, ignore_errors=True)
-        shutil.move(str(checkpoint), target)
+        arriving.rename(target)
         for old in sorted(self._folder.glob("step-*"))[:-1]:
             shutil.rmtree(old)

@@ -60,7 +60,7 @@ def _train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
         checkpoint.steps_done(found, job.key) if found else 0
     )  # asked for first: data starts while the model loads
     torch.manual_seed(job.seed)
-    retriever = _trainable(load_retriever(job.base, job.model.dtype), job.model).to(device)
+    retriever = trainable(load_retriever(job.base, job.model.dtype), job.model).to(device)
     backend: Backend = BACKENDS[job.backend](retriever, settings)
     weights = _task_weights(settings, len(job.tasks.names))
     trajectory: list[tuple[int, list[float], list[float]]] = []
@@ -99,7 +99,8 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     return settings.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * t)) / 2)
 
 
-def _trainable(retriever: Retriever, model: ModelSettings) -> Retriever:
+def trainable(retriever: Retriever, model: ModelSettings) -> Retriever:
+    """Return the retriever in training mode, with adapters and gradient checkpointing as `model` says."""
     retriever.train()
     backbone: Any = retriever.backbone
     if model.gradient_checkpointing:

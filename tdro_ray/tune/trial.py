@@ -240,7 +240,7 @@ def load_checkpoint(job: Any, checkpoint: Path, device: str) -> Any:
 
     if (checkpoint / "model").is_dir():
         return Encoder.load(checkpoint / "model", device)
-    retriever = loop._trainable(load_retriever(job.base, job.model.dtype), job.model)
+    retriever = loop.trainable(load_retriever(job.base, job.model.dtype), job.model)
     state = torch.load(checkpoint / "weights.pt", map_location="cpu", weights_only=True)["parameters"]
     own = dict(retriever.named_parameters())
     with torch.no_grad():
