@@ -91,8 +91,6 @@ class PlanDataConfig(DataConfig):
     ) -> list[dict[str, Any]]:
         quiet()
         start = checkpointed_step(self._run_folder)
-        if start >= self._recipe.plan.num_steps:  # finished but not yet collected: nothing to read
-            return [{} for _ in range(world_size)]
         dataset = plan_dataset(self._recipe, start, world_size, self._cpus)
         dataset.set_name(self._dataset_name)
         return [{"train": split} for split in dataset.streaming_split(world_size, equal=True)]

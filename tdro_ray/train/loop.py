@@ -56,9 +56,10 @@ def train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
 def _train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
     settings, device = job.settings, context.device
     found = context.latest_checkpoint()
-    batches = context.batches(
-        checkpoint.steps_done(found, job.key) if found else 0
-    )  # asked for first: data starts while the model loads
+    done = checkpoint.steps_done(found, job.key) if found else 0
+    # Asked for before the model is loaded, so that data starts meanwhile; not at all where the run was killed between
+    # its last checkpoint and its end: there is nothing to read.
+    batches = context.batches(done) if done < settings.steps else iter(())
     torch.manual_seed(job.seed)
     retriever = trainable(load_retriever(job.base, job.model.dtype), job.model).to(device)
     backend: Backend = BACKENDS[job.backend](retriever, settings)

@@ -30,11 +30,7 @@ class RayContext:
         self._checkpoint: Any = None
 
     def batches(self, start: int) -> Iterator[Batch]:
-        try:
-            shard = ray.train.get_dataset_shard("train")
-        except KeyError:  # the checkpoint is of the last step
-            return iter(())
-        return batches_of(shard)
+        return batches_of(ray.train.get_dataset_shard("train"))
 
     def latest_checkpoint(self) -> Path | None:
         found = ray.train.get_checkpoint()

@@ -146,3 +146,12 @@ def test_held_steps_leave_alpha_alone_and_options_reach_the_measure(base, tmp_pa
     moved = alphas()
     for change in ({"measure_options": {"smooth": 1.0}}, {"eta_schedule": "linear"}, {"momentum": 0.9}):
         assert abs(alphas(**change)[-1] - moved[-1]).max() > 1e-6
+
+
+def test_a_run_killed_after_its_last_checkpoint_asks_for_no_batch(base, tmp_path):
+    def refuse(start):
+        raise AssertionError(f"asked for batches from step {start}")
+
+    job = job_of(base, tmp_path / "out", False)
+    train(job, LocalContext(batches_for(False), tmp_path / "a"))
+    assert train(job, LocalContext(refuse, tmp_path / "a"))["steps"] == STEPS
