@@ -20,6 +20,7 @@ STAGES = {
     "index": "build the search index with the best model",
     "report": "write report.html from what has run",
 }
+UNTIL = ("ingest", "mine", "reference", "score", "optimize", "finetune", "evaluate", "index")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,6 +34,18 @@ def parser() -> argparse.ArgumentParser:
     run = _with_recipe(commands.add_parser("run", help="run all stages of a recipe; what is up to date is skipped"))
     run.add_argument(
         "--no-serve", action="store_true", help="leave out the last step, the HTTP service and its sample queries"
+    )
+    run.add_argument("--until", choices=[*UNTIL], metavar="STAGE", help=f"end after this stage: {', '.join(UNTIL)}")
+    compare = _with_recipe(
+        commands.add_parser(
+            "compare", help="train and measure the mixtures to compare with, and report: no index, no service"
+        )
+    )
+    compare.add_argument(
+        "--rivals", default="", metavar="A,B,…", help="mixtures (default: the recipe's `compare`, or all built-in)"
+    )
+    compare.add_argument(
+        "--seeds", type=int, default=0, metavar="N", help="runs of everything (default: the recipe's `seeds`)"
     )
     for name, text in STAGES.items():
         _with_recipe(commands.add_parser(name, help=text))

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         return submit(arguments.arguments, arguments.address, follow=not arguments.detach)
     recipe = load_recipe(arguments.recipe, tuple(arguments.overrides))
+    if arguments.command == "compare":
+        recipe = _compared(recipe, arguments)
     run = Run(recipe, display(), lambda: _connect(recipe))
     run.open()
     _quiet_libraries()
@@ -60,39 +63,62 @@ def _whole_run(run: Run, arguments: argparse.Namespace) -> None:
     from tdro_ray import stages
 
     began = time.monotonic()
-    stages.ingest(run)
-    stages.tests_of(run)  # a run without any test is refused now, not after all training
-    stages.mine(run)
-    stages.model(run)
-    stages.reference(run)
-    stages.score(run)
-    stages.optimize(run)
-    _finetune(run)
-    stages.evaluate(run)
-    stages.index(run)
-    if not arguments.no_serve:
+    serves = not arguments.no_serve and arguments.until is None
+    steps: dict[str, Callable[[Run], Any]] = {
+        "ingest": stages.ingest,
+        "tests": stages.tests_of,  # a run without any test is refused now, not after all training
+        "mine": stages.mine,
+        "model": stages.model,
+        "reference": stages.reference,
+        "score": stages.score,
+        "optimize": stages.optimize,
+        "finetune": stages.finetune_all,
+        "evaluate": stages.evaluate,
+        "seeds": stages.seeds,
+        "index": stages.index,
+    }
+    for name, step in steps.items():
+        step(run)
+        if name == arguments.until:
+            break
+    if serves:
         _sample_searches(run)
     _report(run)
-    _closing(run, arguments, time.monotonic() - began)
+    if arguments.until is None:
+        _closing(run, arguments, time.monotonic() - began)
 
 
-def _finetune(run: Run) -> None:
+def _compare(run: Run, arguments: argparse.Namespace) -> None:
+    """The run up to its evaluation, with every mixture that is asked for, over every seed."""
     from tdro_ray import stages
 
-    for name in dict.fromkeys((*run.recipe.weights, *run.recipe.compare)):
-        if name != stages.BASELINE:  # the reference run is that one
-            stages.finetune(run, name)
+    began = time.monotonic()
+    arguments.until, arguments.no_serve = "evaluate", True
+    _whole_run(run, arguments)
+    stages.seeds(run)
+    _report(run)
+    _tables(run)
+    print(f"\nReport: {run.folder / 'report.html'}   ({time.monotonic() - began:.0f} s in all)")
+
+
+def _compared(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
+    from tdro_ray.stages.rivals import COMPARED, mixtures
+
+    asked = tuple(name.strip() for name in arguments.rivals.split(",") if name.strip())
+    seeds = arguments.seeds or recipe.seeds
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds} is not valid: give at least 1.")
+    recipe = recipe.model_copy(update={"compare": asked or recipe.compare or COMPARED, "seeds": seeds})
+    mixtures(recipe)  # a misspelt name ends here
+    return recipe
 
 
 def _stage(run: Run, arguments: argparse.Namespace) -> None:
     from tdro_ray import stages
 
-    if arguments.command == "finetune":
-        _finetune(run)
-        return
     if arguments.command == "reference":
         stages.model(run)
-    getattr(stages, arguments.command)(run)
+    getattr(stages, "finetune_all" if arguments.command == "finetune" else arguments.command)(run)
     if arguments.command == "evaluate":
         from tdro_ray.report.page import summary_table
 
@@ -207,8 +233,6 @@ def _sample_searches(run: Run) -> None:
 
 
 def _closing(run: Run, arguments: argparse.Namespace, seconds: float) -> None:
-    from tdro_ray.report.page import summary_table
-
     serve = run.folder / "serve.json"
     if serve.exists():
         for asked in json.loads(serve.read_text(encoding="utf-8"))["queries"]:
@@ -216,7 +240,7 @@ def _closing(run: Run, arguments: argparse.Namespace, seconds: float) -> None:
             for hit in asked["hits"]:
                 text = " ".join(f"{hit.get('title') or ''} {hit['text']}".split())
                 print(f"  {hit['score']:.3f}  {hit['id']}  {text[:90]}")
-    print("\n" + table(summary_table(run.folder)))
+    _tables(run)
     name = arguments.recipe
     print(f"\nReport: {run.folder / 'report.html'}   ({seconds:.0f} s in all)")
     print(f"""
@@ -226,7 +250,24 @@ Next:
   tdro tune {name}                                  search the DRO learning rate and temperature""")
 
 
-COMMANDS = {"run": _whole_run, "report": _report, "tune": _tune, "export": _export, "serve": _serve}
+def _tables(run: Run) -> None:
+    from tdro_ray.report.page import summary_table
+    from tdro_ray.stages.seeds import seeds_table
+
+    print("\n" + table(summary_table(run.folder)))
+    over = seeds_table(run)
+    if over:
+        print("\n" + table(over))
+
+
+COMMANDS = {
+    "run": _whole_run,
+    "compare": _compare,
+    "report": _report,
+    "tune": _tune,
+    "export": _export,
+    "serve": _serve,
+}
 
 
 def versions() -> dict[str, str]:

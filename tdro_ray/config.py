@@ -70,6 +70,7 @@ class MineSettings(Settings):
     num_negatives: int = Field(7, ge=1)  # wanted per row, given ones counted
     first_rank: int = Field(2, ge=1)  # ranks above this are left out, 1 is the best hit
     last_rank: int = Field(30, ge=1)  # search depth
+    seed: int | None = None  # of what is sampled among the ranks; None takes the run's
 
 
 class TinyModel(Settings):
@@ -123,6 +124,9 @@ class TrainSettings(Settings):
     token_budget: int = Field(16384, ge=16)  # padded tokens per forward; larger batches run in chunks
     checkpoint_every: int = Field(100, ge=1)  # steps
     log_every: int = Field(10, ge=1)  # steps
+    group_dro: float = Field(
+        0.0, ge=0
+    )  # eta of online Group DRO: each task's loss is scaled by a learned weight; 0: off
 
 
 class OptimizeSettings(TrainSettings):
@@ -140,13 +144,51 @@ class OptimizeSettings(TrainSettings):
     floor: float = Field(0.0, ge=0, lt=1)  # DoReMi smoothing: alpha = (1 - floor) alpha + floor / G
     absent: Literal["zero", "carry"] = "carry"  # signal of a task that the batch did not hold
     group_rows: int = Field(512, ge=1)  # rows over which `official` normalises
+    rows: Literal["seen", "heldout", "crossfit"] = "seen"  # whose losses make the signal, see DESIGN.md
+    folds: int = Field(
+        5, ge=2
+    )  # heldout: 1 / folds of each task is kept from reference and proxy; crossfit: references
+    start: float = Field(
+        0.0, ge=0, lt=1
+    )  # the proxy starts from the reference at this share of its steps; 0: untrained
+    size_c: float = Field(0.0, ge=0)  # nats; Group DRO's adjustment C / sqrt(task rows), added to the signal
+    tolerance: float = Field(0.0, ge=0, lt=1)  # stop once less of the weight than this moves between windows; 0: never
+    window: int = Field(50, ge=1)  # updates in a window of `tolerance`
+    tail: float = Field(0.5, gt=0, le=1)  # share of the updates, the last ones, whose mean is the weight file `tail`
     top_percent: tuple[int, ...] = (70,)  # selection files to write, percent of tasks kept
+    top_rows: tuple[int, ...] = ()  # the same, percent of all rows kept
+    top_tokens: tuple[int, ...] = ()  # the same, percent of all tokens kept
+
+    @model_validator(mode="after")
+    def _percentages(self) -> OptimizeSettings:
+        for name in ("top_percent", "top_rows", "top_tokens"):
+            if any(not 0 < percent <= 100 for percent in getattr(self, name)):
+                raise ValueError(f"{name} must hold percentages above 0 and up to 100, it holds {getattr(self, name)}")
+        return self
+
+
+class RivalSettings(Settings):
+    """A mixture to compare with: how task weights are found, and how fine-tuning uses them."""
+
+    optimize: dict[str, Any] = {}  # a stage 1 of its own, under these changes to the recipe's `optimize`
+    power: float | None = None  # no stage 1: weights in proportion to rows ** power (0: uniform, 1: proportional)
+    weights: str = "current"  # which file of the stage 1
+    use: Literal["sampling", "loss"] = "sampling"  # weights set how often a task is drawn, or scale its loss
+    finetune: dict[str, Any] = {}  # changes to the recipe's `finetune`
+
+    @model_validator(mode="after")
+    def _one_way(self) -> RivalSettings:
+        if self.optimize and self.power is not None:
+            raise ValueError("a rival takes its weights from `optimize` or from `power`, not from both")
+        OptimizeSettings.model_validate(self.optimize)
+        TrainSettings.model_validate(self.finetune)
+        return self
 
 
 class ScaleSettings(Settings):
     """How many workers, and what each asks of Ray."""
 
-    num_workers: int = Field(2, ge=1)
+    num_workers: int = Field(2, ge=0)  # 0: train and encode in the command's own process, quickest for small models
     use_gpu: bool = False
     cpus_per_worker: float = Field(0.5, gt=0)  # below 1 so that Ray Data is never starved on a small machine
     cpus_per_data_task: float = Field(0.25, gt=0)
@@ -211,7 +253,15 @@ class TuneSettings(Settings):
             raise ValueError(
                 f"tune.scheduler {self.scheduler} needs tune.evaluations of at least 2: it stops trials between them"
             )
-        fixed = {"steps", "batch_size", "num_negatives"}  # the reference scores are of these
+        fixed = {
+            "steps",
+            "batch_size",
+            "num_negatives",
+            "rows",
+            "folds",
+            "start",
+            "group_dro",
+        }  # the scores are of these
         for name, values in self.choices.items():
             if name not in OptimizeSettings.model_fields or name in {"eta", "temperature", "measure", *fixed}:
                 free = sorted({*OptimizeSettings.model_fields} - {"eta", "temperature", "measure", *fixed})
@@ -228,6 +278,7 @@ class Recipe(Settings):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 42
+    seeds: int = Field(1, ge=1)  # runs of everything from the base model on, with seeds seed, seed + 1, …
     data: DataSettings = DataSettings()
     mine: MineSettings = MineSettings()
     model: ModelSettings = ModelSettings()
@@ -236,7 +287,9 @@ class Recipe(Settings):
     optimize: OptimizeSettings = OptimizeSettings()
     finetune: TrainSettings = TrainSettings()
     weights: tuple[str, ...] = ("current", "top70")  # learned weight files to fine-tune with
-    compare: tuple[str, ...] = ()  # further baselines: "proportional", or a weight file
+    compare: tuple[str, ...] = ()  # further mixtures: rivals by name, n^0.5, RIVAL.top70, or weight files
+    rivals: dict[str, RivalSettings] = {}  # mixtures of one's own for `compare`, beside the built-in ones
+    max_repeats: float | None = Field(None, gt=0)  # passes over a task in fine-tuning; weight beyond goes to the others
     evaluate: EvaluateSettings = EvaluateSettings()
     index: IndexSettings = IndexSettings()
     serve: ServeSettings = ServeSettings()
@@ -248,9 +301,16 @@ class Recipe(Settings):
             raise ValueError(
                 "optimize.num_negatives must be at least 1: stage 1 has no in-batch negatives, its loss would be 0"
             )
+        if self.optimize.group_dro or self.reference.group_dro:
+            raise ValueError("group_dro is a way of fine-tuning: set finetune.group_dro, not that of another stage")
         if self.mine.last_rank < self.mine.first_rank:
             raise ValueError("mine.last_rank must not be below mine.first_rank")
         return self
+
+
+def mining_seed(recipe: Recipe) -> int:
+    """Seed of what mining samples: the run's, unless the runs of several seeds share their negatives."""
+    return recipe.seed if recipe.mine.seed is None else recipe.mine.seed
 
 
 def recipe_names() -> list[str]:

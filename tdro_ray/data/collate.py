@@ -6,7 +6,7 @@ S = B * (1 + P) sequences: all queries first, then the passages row by row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Batch:
     ids: np.ndarray  # int32 token ids of the S sequences, one after another
     length_S: np.ndarray  # int64
     reference_BP: np.ndarray | None = None  # float32 reference similarities (stage 1)
+    probe: Batch | None = None  # stage 1 on rows apart: what the signal is measured on, and nothing is trained on
 
     @property
     def offset_S(self) -> np.ndarray:
@@ -49,6 +50,7 @@ class BatchRecipe:
     plan: Plan
     num_negatives: int
     scores: Path | None = None  # Lance dataset of reference similarities, one row per step
+    probe: Plan | None = None  # rows that stage 1 measures its signal on; None: the plan's own
 
 
 class Collator:
@@ -65,7 +67,14 @@ class Collator:
 
     def batch(self, step: int, rank: int, num_workers: int) -> Batch:
         """Return the share of worker `rank` in step `step`."""
-        plan, negatives = self.recipe.plan, self.recipe.num_negatives
+        recipe = self.recipe
+        if recipe.probe is None:
+            return self._make(recipe.plan, step, rank, num_workers, with_scores=True)
+        probe = self._make(recipe.probe, step, rank, num_workers, with_scores=True)
+        return replace(self._make(recipe.plan, step, rank, num_workers, with_scores=False), probe=probe)
+
+    def _make(self, plan: Plan, step: int, rank: int, num_workers: int, with_scores: bool) -> Batch:
+        negatives = self.recipe.num_negatives
         task_N, row_N = plan.rows(step)
         part = shares(len(task_N), num_workers)[rank]
         task_B, row_B = task_N[part], row_N[part]
@@ -89,7 +98,7 @@ class Collator:
             ),
             ids=np.concatenate([np.asarray(s, np.int32) for s in sequences]) if sequences else np.zeros(0, np.int32),
             length_S=np.array([len(s) for s in sequences], np.int64),
-            reference_BP=self._reference(step, part, key_BP),
+            reference_BP=self._reference(plan, step, part, key_BP) if with_scores else None,
         )
 
     def _fetch_rows(self, task_B: np.ndarray, row_B: np.ndarray) -> tuple[list[str], list[list[int]], list[list[int]]]:
@@ -130,7 +139,7 @@ class Collator:
                 passage_ids[i * num_passages : (i + 1) * num_passages] = flat[j * num_passages : (j + 1) * num_passages]
         return query_ids + passage_ids
 
-    def _reference(self, step: int, part: slice, key_BP: np.ndarray) -> np.ndarray | None:
+    def _reference(self, plan: Plan, step: int, part: slice, key_BP: np.ndarray) -> np.ndarray | None:
         if self.recipe.scores is None:
             return None
         if self._scores is None:
@@ -141,7 +150,7 @@ class Collator:
         width = key_BP.shape[1]
         own = slice(part.start * width, part.stop * width)
         drawn = np.array(record["keys"], np.int64)
-        if len(drawn) != self.recipe.plan.batch_size * width or not np.array_equal(drawn[own], key_BP.ravel()):
+        if len(drawn) != plan.batch_size * width or not np.array_equal(drawn[own], key_BP.ravel()):
             raise DataError(
                 f"The reference scores in {self.recipe.scores} are not of this plan (step {step} differs). Run `tdro score` again."
             )

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from tdro_ray.config import MineSettings, Recipe
+from tdro_ray.config import MineSettings, Recipe, mining_seed
 from tdro_ray.data.bm25 import BM25, guess_language
 from tdro_ray.data.collection import Collection, TaskManifest
 from tdro_ray.data.dedup import KEY_BYTES, text_key
@@ -83,7 +83,8 @@ def _manifest(store: Path, name: str) -> TaskManifest:
 
 
 def _mine_key(recipe: Recipe, manifest: TaskManifest) -> str:
-    parts = [MINER, manifest.hash, manifest.info.language, recipe.seed, recipe.mine.model_dump(mode="json")]
+    settings = recipe.mine.model_dump(mode="json", exclude={"seed"})
+    parts = [MINER, manifest.hash, manifest.info.language, mining_seed(recipe), settings]
     return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -118,7 +119,7 @@ def _mine_task(recipe: Recipe, folder: Path, index: Any, key: str) -> dict[str, 
     starts = list(range(0, rows, RANGE_ROWS))
     job = ray.data.from_items([{"start": start} for start in starts], override_num_blocks=len(starts)).map_batches(
         _mine_range,
-        fn_kwargs={"folder": folder, "index": [index], "settings": recipe.mine, "seed": recipe.seed},
+        fn_kwargs={"folder": folder, "index": [index], "settings": recipe.mine, "seed": mining_seed(recipe)},
         batch_size=None,
         num_cpus=1,  # pure computing: a smaller share would only start more processes than there are cores
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -19,6 +20,15 @@ from tdro_ray.errors import ConfigError
 Ints = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Fold:
+    """A part of every task's rows, drawn by seed: fold `number` of `count` equal ones, or with `rest` all the others."""
+
+    number: int
+    count: int
+    rest: bool = False
+
+
 class Plan:
     """Rows of every step.
 
@@ -26,7 +36,8 @@ class Plan:
     weight x s by less than one (Tijdeman 1980, the chairman assignment problem).
     `mode="stratified"`: every step holds an equal share of every task, to within one row; weights must be uniform.
 
-    Rows of a task come from one seeded permutation per pass over the task.
+    Rows of a task come from one seeded permutation per pass over the task. With `fold` only that part of each task's
+    rows is drawn.
     """
 
     def __init__(
@@ -37,11 +48,12 @@ class Plan:
         batch_size: int,
         seed: int,
         mode: Literal["homogeneous", "stratified"] = "homogeneous",
+        fold: Fold | None = None,
     ) -> None:
-        self.sizes = [int(n) for n in sizes]
+        self.sizes, self.fold = [int(n) for n in sizes], fold
         num_tasks = len(self.sizes)
         w = np.full(num_tasks, 1 / num_tasks) if weights is None else np.asarray(weights, np.float64)
-        _check(self.sizes, w, num_steps, batch_size, mode)
+        _check(self.sizes, w, num_steps, batch_size, mode, fold)
         self.weights = w / w.sum()
         self.num_steps, self.batch_size, self.seed, self.mode = int(num_steps), int(batch_size), int(seed), mode
         if mode == "homogeneous":
@@ -87,13 +99,31 @@ class Plan:
 
     def _rows(self, task: int, start: int, count: int) -> Ints:
         """Rows `start` … `start + count - 1` of the endless stream of passes over a task."""
-        size, out = self.sizes[task], []
+        part = None if self.fold is None else _fold_rows(self.sizes[task], self.seed, task, self.fold)
+        size, out = self.sizes[task] if part is None else len(part), []
         while count > 0:
             passage, offset = divmod(start, size)
             take = min(count, size - offset)
             out.append(_permutation(size, self.seed, task, passage)[offset : offset + take])
             start, count = start + take, count - take
-        return np.concatenate(out).astype(np.int64)
+        rows = np.concatenate(out)
+        return (rows if part is None else part[rows]).astype(np.int64)
+
+
+@lru_cache(maxsize=128)
+def fold_numbers(size: int, seed: int, task: int, count: int) -> npt.NDArray[np.uint8]:
+    """Return the fold, 0 to count - 1, of every row of a task of `size` rows (size,)."""
+    out = np.empty(size, np.uint8)
+    for number in range(count):
+        out[_fold_rows(size, seed, task, Fold(number, count))] = number
+    return out
+
+
+@lru_cache(maxsize=128)
+def _fold_rows(size: int, seed: int, task: int, fold: Fold) -> npt.NDArray[np.uint32]:
+    order = np.random.default_rng((seed, 4, task)).permutation(size).astype(np.uint32)
+    start, stop = size * fold.number // fold.count, size * (fold.number + 1) // fold.count
+    return np.sort(np.concatenate([order[:start], order[stop:]]) if fold.rest else order[start:stop])
 
 
 def shares(num_rows: int, num_workers: int) -> list[slice]:
@@ -143,7 +173,18 @@ def _schedule(weights_G: npt.NDArray[np.float64], num_steps: int, seed: int) -> 
     return out
 
 
-def _check(sizes: list[int], weights: npt.NDArray[np.float64], num_steps: int, batch_size: int, mode: str) -> None:
+def _check(
+    sizes: list[int],
+    weights: npt.NDArray[np.float64],
+    num_steps: int,
+    batch_size: int,
+    mode: str,
+    fold: Fold | None,
+) -> None:
+    if fold is not None and sizes and min(sizes) < fold.count:
+        raise ConfigError(
+            f"A task of {min(sizes)} rows cannot be split into {fold.count} folds. Set optimize.folds lower, or leave that task out."
+        )
     if not sizes or min(sizes) < 1:
         raise ConfigError(f"A plan needs at least one row in every task; sizes are {sizes}. Leave empty tasks out.")
     if len(weights) != len(sizes) or not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:

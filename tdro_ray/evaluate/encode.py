@@ -5,11 +5,12 @@ T texts, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
 from tdro_ray.data.ray_data import quiet
@@ -37,18 +38,9 @@ def encode_texts(
         for at in range(start, stop, BLOCK_TEXTS):
             part = items[at : min(at + BLOCK_TEXTS, stop)]
             records.append({"at": at, "kind": part[0][1], "task": part[0][2], "texts": [text for text, _, _ in part]})
-    dataset = ray.data.from_items(records, override_num_blocks=len(records)).map_batches(
-        _Embedder,
-        fn_constructor_kwargs={"model": str(model), "batch_tokens": batch_tokens},
-        batch_size=1,
-        num_cpus=cpus,
-        num_gpus=1 if use_gpu else 0,
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-    )
-    dataset.set_name(name)
     out_TD: np.ndarray | None = None
     done = 0
-    for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow"):
+    for batch in _embedded(records, model, num_actors, cpus, use_gpu, batch_tokens, name):
         at, width = batch["at"][0].as_py(), batch["dim"][0].as_py()
         vector_XD = np.frombuffer(batch["vectors"][0].as_buffer(), np.float32).reshape(-1, width)
         if out_TD is None:
@@ -58,6 +50,34 @@ def encode_texts(
         progress(done, len(items))
     assert out_TD is not None and done == len(items)
     return out_TD
+
+
+def _embedded(
+    records: list[dict[str, Any]],
+    model: Path,
+    num_actors: int,
+    cpus: float,
+    use_gpu: bool,
+    batch_tokens: int,
+    name: str,
+) -> Iterator[pa.Table]:
+    """Yield the records' vectors: by an actor pool, or in this process without actors."""
+    made_from = {"model": str(model), "batch_tokens": batch_tokens, "use_gpu": use_gpu}
+    if num_actors == 0:
+        embedder = _Embedder(**made_from)
+        for record in records:
+            yield pa.table(embedder({key: [value] for key, value in record.items()}))
+        return
+    dataset = ray.data.from_items(records, override_num_blocks=len(records)).map_batches(
+        _Embedder,
+        fn_constructor_kwargs=made_from,
+        batch_size=1,
+        num_cpus=cpus,
+        num_gpus=1 if use_gpu else 0,
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+    )
+    dataset.set_name(name)
+    yield from dataset.iter_batches(batch_size=1, batch_format="pyarrow")
 
 
 def evaluate_model(
@@ -98,16 +118,16 @@ def evaluate_model(
 class _Embedder:
     """One actor: an encoder."""
 
-    def __init__(self, model: str, batch_tokens: int) -> None:
+    def __init__(self, model: str, batch_tokens: int, use_gpu: bool) -> None:
         import torch
 
         from tdro_ray.model.encoder import Encoder
 
         torch.set_flush_denormal(True)
-        self.encoder = Encoder.load(model, "cuda" if torch.cuda.is_available() else "cpu")
+        self.encoder = Encoder.load(model, "cuda" if use_gpu else "cpu")
         self.batch_tokens = batch_tokens
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         vectors = [
             self.encoder.encode(list(texts), kind, task, self.batch_tokens)
             for texts, kind, task in zip(batch["texts"], batch["kind"], batch["task"], strict=True)

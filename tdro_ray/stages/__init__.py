@@ -6,30 +6,62 @@ is up to date ends at once.
 
 from tdro_ray.stages.data import collections, ingest, mine, task_names
 from tdro_ray.stages.results import best_model, evaluate, index, index_folder, tests_of
-from tdro_ray.stages.training import BASELINE, base_folder, batch_recipe, model, model_key, reference, train_job
-from tdro_ray.stages.weights import finetune, model_folders, optimize, score, scores_folder, weights_of
+from tdro_ray.stages.rivals import COMPARED, RIVALS, mixture_of, mixtures
+from tdro_ray.stages.seeds import seeds
+from tdro_ray.stages.training import (
+    BASELINE,
+    base_folder,
+    batch_recipe,
+    model,
+    model_key,
+    proxy_base,
+    reference,
+    train_job,
+    train_references,
+)
+from tdro_ray.stages.weights import (
+    finetune,
+    finetune_all,
+    model_folders,
+    optimize,
+    score,
+    score_for,
+    scores_folder,
+    stage1_batches,
+    weights_of,
+)
 
 __all__ = [
     "BASELINE",
+    "COMPARED",
+    "RIVALS",
     "base_folder",
     "batch_recipe",
     "best_model",
     "collections",
     "evaluate",
     "finetune",
+    "finetune_all",
     "index",
     "index_folder",
     "ingest",
     "mine",
+    "mixture_of",
+    "mixtures",
     "model",
     "model_folders",
     "model_key",
     "optimize",
+    "proxy_base",
     "reference",
     "score",
+    "score_for",
     "scores_folder",
+    "seeds",
+    "stage1_batches",
     "task_names",
     "tests_of",
     "train_job",
+    "train_references",
     "weights_of",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tdro_ray.config import store_folder
+from tdro_ray.config import mining_seed, store_folder
 from tdro_ray.data.collection import Collection, CollectionStore
 from tdro_ray.errors import ConfigError
 from tdro_ray.pipeline import Progress, Run, Stage, key_of
@@ -21,7 +21,7 @@ def ingest(run: Run) -> dict[str, Any]:
     prints = {t.name: t.fingerprint() for t in sources}
     if "environment" in data.sources:
         prints["environment"] = environment_key(data.environment)
-    key = key_of("ingest", str(store), prints, data.model_dump(mode="json"))
+    key = key_of("ingest", str(store), prints, data.model_dump(mode="json", exclude={"store"}))
 
     def work(progress: Progress) -> tuple[str, dict[str, Any]]:
         from tdro_ray.data.ingest import ingest as read
@@ -76,7 +76,8 @@ def data_key(run: Run) -> str:
 def mine(run: Run) -> dict[str, Any]:
     """Hard negatives."""
     recipe, names = run.recipe, task_names(run)
-    key = key_of("mine", data_key(run), recipe.mine.model_dump(mode="json"), recipe.seed)
+    settings = recipe.mine.model_dump(mode="json", exclude={"seed"})
+    key = key_of("mine", data_key(run), settings, mining_seed(recipe))
 
     def work(progress: Progress) -> tuple[str, dict[str, Any]]:
         from tdro_ray.data.mine import mine as search

@@ -123,7 +123,7 @@ def index(run: Run) -> dict[str, Any]:
             index_folder(run),
             recipe.index.factory,
             recipe.evaluate.batch_tokens,
-            scale.num_workers,
+            max(1, scale.num_workers),
             scale.cpus_per_worker,
             scale.use_gpu,
             lambda phase, done, total: progress.update(f"{phase} {done:,} of {total:,}", done / max(1, total)),

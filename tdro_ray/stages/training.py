@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tdro_ray.config import TrainSettings, store_folder
+from tdro_ray.config import OptimizeSettings, TrainSettings, store_folder
 from tdro_ray.data.collection import Collection
 from tdro_ray.errors import ConfigError
 from tdro_ray.pipeline import Progress, Run, Stage, fresh_folder, key_of
 from tdro_ray.stages.data import collections, data_key, negatives_key
+from tdro_ray.stages.rivals import stage1_rivals, stage1_settings
 from tdro_ray.types import RetrieverSpec
 
 BASELINE = "uniform"  # the reference model: uniform weights, the same budget as every fine-tuning run
+BASE_REFERENCE = "reference"  # its stage
 TOKENIZER_TEXTS = 60_000  # texts that a tiny model's tokenizer is trained on, spread over the tasks
 
 
@@ -71,7 +73,15 @@ def _tokenizer_texts(tasks: list[Collection]) -> Iterator[str]:
 # Training
 
 
-def train_job(run: Run, stage: str, key: str, settings: TrainSettings) -> Any:
+def train_job(
+    run: Run,
+    stage: str,
+    key: str,
+    settings: TrainSettings,
+    base: Path | None = None,
+    loss_scales: tuple[float, ...] = (),
+    snapshots: tuple[int, ...] = (),
+) -> Any:
     from tdro_ray.train.loop import TrainJob
     from tdro_ray.train.step import TaskSettings
 
@@ -81,17 +91,30 @@ def train_job(run: Run, stage: str, key: str, settings: TrainSettings) -> Any:
         sizes=tuple(c.manifest.rows for c in found),
         temperatures=tuple(c.manifest.info.temperature for c in found),
         in_batch=tuple(c.manifest.info.in_batch for c in found),
+        loss_scales=loss_scales,
     )
     recipe = run.recipe
     return TrainJob(
-        key, base_folder(run), run.path(stage), settings, recipe.model, tasks, recipe.seed, recipe.scale.backend
+        key,
+        base or base_folder(run),
+        run.path(stage),
+        settings,
+        recipe.model,
+        tasks,
+        recipe.seed,
+        recipe.scale.backend,
+        snapshots,
     )
 
 
 def batch_recipe(
-    run: Run, settings: TrainSettings, weights: list[float] | None, mode: str, scores: Path | None = None
+    run: Run,
+    settings: TrainSettings,
+    weights: list[float] | None,
+    mode: str,
+    fold: Any = None,
 ) -> Any:
-    """The plan of a training stage and where its rows come from."""
+    """The plan of a training stage and where its rows come from; `fold` keeps it to a part of every task's rows."""
     from tdro_ray.data.collate import BatchRecipe, versions_of
     from tdro_ray.data.plan import Plan
 
@@ -100,7 +123,8 @@ def batch_recipe(
         raise ConfigError(
             f"A batch of {settings.batch_size} rows cannot be shared by {run.recipe.scale.num_workers} workers. Raise batch_size."
         )
-    plan = Plan([c.manifest.rows for c in found], weights, settings.steps, settings.batch_size, run.recipe.seed, mode)  # type: ignore[arg-type]
+    sizes = [c.manifest.rows for c in found]
+    plan = Plan(sizes, weights, settings.steps, settings.batch_size, run.recipe.seed, mode, fold)  # type: ignore[arg-type]
     return BatchRecipe(
         store_folder(run.recipe),
         tuple(c.name for c in found),
@@ -108,15 +132,13 @@ def batch_recipe(
         base_folder(run),
         plan,
         settings.num_negatives,
-        scores,
     )
 
 
-def train_on_ray(
-    run: Run, stage: str, key: str, settings: TrainSettings, batches: Any, progress: Progress
-) -> dict[str, Any]:
-    """Train on Ray while a thread shows the progress that the workers write."""
-    from tdro_ray.train import ray_train
+def train_on_ray(run: Run, job: Any, batches: Any, progress: Progress) -> dict[str, Any]:
+    """Train on Ray (in this process where `scale.num_workers` is 0) while a thread shows the progress that the workers write."""
+    stage, key, settings = job.out.name, job.key, job.settings
+    from tdro_ray.train import in_process, ray_train
     from tdro_ray.train.progress import watched
 
     name = f"{run.recipe.name}-{stage}-{key}"
@@ -127,25 +149,44 @@ def train_on_ray(
         if old.name != name:  # a run of other settings is not resumed
             shutil.rmtree(old, ignore_errors=True)
     with watched(run.path(stage) / "metrics.jsonl", settings.steps, progress):
-        return ray_train.run(train_job(run, stage, key, settings), batches, run.recipe.scale, str(storage), name)
+        if run.recipe.scale.num_workers == 0:
+            return in_process.run(job, batches, run.recipe.scale.use_gpu, str(storage), name)
+        return ray_train.run(job, batches, run.recipe.scale, str(storage), name)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What sets a contrastive training apart from plain uniform sampling of all rows."""
+
+    weights: tuple[float, ...] | None = None  # of sampling
+    fold: Any = None  # data.plan.Fold
+    loss_scales: tuple[float, ...] = ()
+    snapshots: tuple[int, ...] = ()
 
 
 def contrastive(
-    run: Run, stage: str, settings: TrainSettings, weights: list[float] | None, facts: dict[str, Any], label: str
+    run: Run, stage: str, settings: TrainSettings, variant: Variant, facts: dict[str, Any], label: str
 ) -> dict[str, Any]:
     key = key_of(
-        "train", settings.model_dump(mode="json"), model_key(run), negatives_key(run), weights, run.recipe.seed
+        "train",
+        settings.model_dump(mode="json"),
+        model_key(run),
+        negatives_key(run),
+        asdict(variant),
+        run.recipe.seed,
     )
+    weights = None if variant.weights is None else list(variant.weights)
 
     def work(progress: Progress) -> tuple[str, dict[str, Any]]:
-        batches = batch_recipe(run, settings, weights, "homogeneous")
+        batches = batch_recipe(run, settings, weights, "homogeneous", variant.fold)
         counts = batches.plan.counts().tolist()
         never = [
             n
             for n, c in zip(batches.names, counts, strict=True)
             if c == 0 and (weights is None or weights[batches.names.index(n)] > 0)
         ]
-        done = train_on_ray(run, stage, key, settings, batches, progress)
+        job = train_job(run, stage, key, settings, loss_scales=variant.loss_scales, snapshots=variant.snapshots)
+        done = train_on_ray(run, job, batches, progress)
         warnings = [f"weight of {n} rounds to no step" for n in never]
         line = f"{label}, {settings.steps} steps of {settings.batch_size} rows, loss {done['loss']:.3f}, {done['tokens_per_s']:,.0f} tokens/s"
         return line, {
@@ -155,9 +196,59 @@ def contrastive(
             "warnings": warnings,
         }
 
-    return run.do(Stage(stage, key, (run.path(stage) / "model" / "tdro.json",), work))
+    starts = tuple(run.path(stage) / f"start-{step}" for step in variant.snapshots)
+    return run.do(Stage(stage, key, (run.path(stage) / "model" / "tdro.json", *starts), work))
 
 
 def reference(run: Run) -> dict[str, Any]:
     """Stage 0: uniform weights. It is also the baseline of the comparison."""
-    return contrastive(run, "reference", run.recipe.reference, None, {"weights": BASELINE}, "uniform weights")
+    variant = Variant(snapshots=snapshots(run, BASE_REFERENCE))
+    return contrastive(run, BASE_REFERENCE, run.recipe.reference, variant, {"weights": BASELINE}, "uniform weights")
+
+
+def references(settings: OptimizeSettings) -> dict[str, Any]:
+    """Stages that train the references of a stage 1, and the part of the rows (`Fold`; None: all) that each learns from.
+
+    seen:      one reference, which is scored on rows that it may have trained on (as published)
+    heldout:   one that never sees fold 0, which is what the signal is then measured on
+    crossfit:  one for each fold, which never sees that fold and scores it
+    """
+    from tdro_ray.data.plan import Fold
+
+    if settings.rows == "seen":
+        return {BASE_REFERENCE: None}
+    count = settings.folds
+    numbers = range(count) if settings.rows == "crossfit" else range(1)
+    return {f"reference-{count}.{number}": Fold(number, count, rest=True) for number in numbers}
+
+
+def train_references(run: Run, settings: OptimizeSettings) -> list[str]:
+    """Bring the references of a stage 1 up to date; return their stages."""
+    found = references(settings)
+    for stage, fold in found.items():
+        if fold is not None:
+            label = f"uniform weights, all but fold {fold.number + 1} of {fold.count}"
+            variant = Variant(fold=fold, snapshots=snapshots(run, stage))
+            contrastive(run, stage, run.recipe.reference, variant, {"weights": BASELINE}, label)
+    return list(found)
+
+
+def snapshots(run: Run, stage: str) -> tuple[int, ...]:
+    """Steps after which a reference is kept, for the proxies of this run that start from there."""
+    wanted = set()
+    for rival in stage1_rivals(run.recipe):
+        settings = stage1_settings(run.recipe, rival)
+        if settings.start and next(iter(references(settings))) == stage:
+            wanted.add(start_step(run, settings))
+    return tuple(sorted(wanted))
+
+
+def start_step(run: Run, settings: OptimizeSettings) -> int:
+    return max(1, round(settings.start * run.recipe.reference.steps))
+
+
+def proxy_base(run: Run, settings: OptimizeSettings) -> Path:
+    """Model folder that the proxy starts from: the base model, or an early state of its (first) reference."""
+    if not settings.start:
+        return base_folder(run)
+    return run.path(next(iter(references(settings)))) / f"start-{start_step(run, settings)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +12,88 @@ from tdro_ray.config import OptimizeSettings
 from tdro_ray.errors import ConfigError
 from tdro_ray.pipeline import Progress, Run, Stage, check_names, key_of
 from tdro_ray.stages.data import collections, negatives_key, task_names
-from tdro_ray.stages.training import BASELINE, batch_recipe, contrastive, model_key, train_on_ray
+from tdro_ray.stages.rivals import (
+    Mixture,
+    finetune_settings,
+    learned_names,
+    mixtures,
+    prefix,
+    stage1_rivals,
+    stage1_settings,
+)
+from tdro_ray.stages.training import (
+    BASE_REFERENCE,
+    BASELINE,
+    Variant,
+    base_folder,
+    batch_recipe,
+    contrastive,
+    model_key,
+    proxy_base,
+    references,
+    train_job,
+    train_on_ray,
+    train_references,
+)
+
+TOKEN_SAMPLE = 500  # rows of a task whose tokens are counted
 
 
 def scores_folder(run: Run, settings: OptimizeSettings) -> tuple[str, Path]:
     """(key, Lance folder) of the reference scores for stage 1 under `settings`; steps and temperature do not matter."""
-    drawn = [settings.batch_size, settings.num_negatives, run.recipe.seed]
-    key = key_of("score", run.manifest("reference").get("key"), negatives_key(run), drawn)
-    return key, run.path("score") / f"{key}.lance"
+    drawn: list[Any] = [settings.batch_size, settings.num_negatives, run.recipe.seed]
+    drawn += [settings.rows, settings.folds] if settings.rows != "seen" else []
+    keys = [run.manifest(stage).get("key") for stage in references(settings)]
+    key = key_of("score", keys, negatives_key(run), drawn)
+    return key, run.path(_score_stage(settings)) / f"{key}.lance"
 
 
-def score(run: Run) -> dict[str, Any]:
-    """Reference similarities of what stage 1 draws."""
-    settings, scale = run.recipe.optimize, run.recipe.scale
+def _score_stage(settings: OptimizeSettings) -> str:
+    return "score" if settings.rows == "seen" else f"score-{settings.rows}-{settings.folds}"
+
+
+def _scored_batches(run: Run, settings: OptimizeSettings) -> Any:
+    """What stage 1 measures its signal on: all rows, or those that the reference and the proxy never train on."""
+    held = next(iter(references(settings).values())) if settings.rows == "heldout" else None
+    fold = None if held is None else replace(held, rest=False)
+    return batch_recipe(run, settings, None, "stratified", fold)
+
+
+def stage1_batches(run: Run, settings: OptimizeSettings) -> Any:
+    """Batches of stage 1 with their reference similarities."""
+    _, scores = scores_folder(run, settings)
+    scored = _scored_batches(run, settings)
+    if settings.rows != "heldout":
+        return replace(scored, scores=scores)
+    learned = batch_recipe(run, settings, None, "stratified", next(iter(references(settings).values())))
+    return replace(learned, scores=scores, probe=scored.plan)
+
+
+def score(run: Run) -> None:
+    """Reference similarities of what every stage 1 of the run draws, and the references that these need."""
+    wanted: dict[str, OptimizeSettings] = {}
+    for rival in stage1_rivals(run.recipe):
+        settings = stage1_settings(run.recipe, rival)
+        stage = _score_stage(settings)
+        known = wanted.get(stage)
+        wanted[stage] = max(settings, known, key=lambda s: s.steps) if known else settings
+    for settings in wanted.values():
+        score_for(run, settings)
+
+
+def score_for(run: Run, settings: OptimizeSettings) -> dict[str, Any]:
+    """Reference similarities of what stage 1 under `settings` draws."""
+    scale = run.recipe.scale
+    models = [run.path(stage) / "model" for stage in train_references(run, settings)]
     draw_key, out = scores_folder(run, settings)
-    reference_model = run.path("reference") / "model"
 
     def work(progress: Progress) -> tuple[str, dict[str, Any]]:
         from tdro_ray.data.score import score as compute
 
-        batches = batch_recipe(run, settings, None, "stratified")
+        batches = _scored_batches(run, settings)
         new = compute(
             batches,
-            reference_model,
+            models,
             out,
             scale.num_workers,
             scale.cpus_per_worker,
@@ -42,32 +102,37 @@ def score(run: Run) -> dict[str, Any]:
             lambda done: progress.update(f"step {done} of {settings.steps}", done / settings.steps),
         )
         rows = settings.steps * settings.batch_size
-        return f"{rows:,} rows x {1 + settings.num_negatives} passages ({new} of {settings.steps} steps new)", {
+        kind = {"seen": "", "heldout": " held out", "crossfit": f", {len(models)} references"}[settings.rows]
+        return f"{rows:,} rows{kind} x {1 + settings.num_negatives} passages ({new} of {settings.steps} steps new)", {
             "steps": settings.steps,
             "rows": rows,
         }
 
-    return run.do(Stage("score", key_of(draw_key, settings.steps), (out,), work))
+    return run.do(Stage(_score_stage(settings), key_of(draw_key, settings.steps), (out,), work))
 
 
-def optimize(run: Run) -> dict[str, Any]:
-    """Stage 1: the proxy and the task weights."""
-    settings = run.recipe.optimize
+def optimize(run: Run) -> None:
+    """Stage 1, the proxy and the task weights: the recipe's own, and one for each rival that needs one."""
+    for rival in stage1_rivals(run.recipe):
+        optimize_for(run, rival)
+
+
+def optimize_for(run: Run, rival: str = "") -> dict[str, Any]:
+    """Stage 1 of a rival; "" is the recipe's own."""
+    settings = stage1_settings(run.recipe, rival)
     _check_measure(settings)
-    scores_key, scores = scores_folder(run, settings)
+    stage = f"optimize-{rival}" if rival else "optimize"
+    scores_key, _ = scores_folder(run, settings)
     key = key_of("optimize", settings.model_dump(mode="json"), scores_key, model_key(run), run.recipe.seed)
-    names = [*_learned_names(settings)]
-    outputs = (
-        *tuple(run.folder / "weights" / f"{n}.json" for n in names),
-        run.folder / "weights" / "trajectory.parquet",
-    )
+    files = [f"{prefix(stage)}{name}.json" for name in learned_names(settings)]
+    outputs = tuple(run.folder / "weights" / name for name in (*files, f"{prefix(stage)}trajectory.parquet"))
 
     def work(progress: Progress) -> tuple[str, dict[str, Any]]:
-        batches = batch_recipe(run, settings, None, "stratified", scores)
-        done = train_on_ray(run, "optimize", key, settings, batches, progress)
-        return _write_weights(run, settings, key, done)
+        job = train_job(run, stage, key, settings, proxy_base(run, settings))
+        done = train_on_ray(run, job, stage1_batches(run, settings), progress)
+        return _write_weights(run, stage, settings, key, done)
 
-    return run.do(Stage("optimize", key, outputs, work))
+    return run.do(Stage(stage, key, outputs, work))
 
 
 def _check_measure(settings: OptimizeSettings) -> None:
@@ -82,27 +147,25 @@ def _check_measure(settings: OptimizeSettings) -> None:
         )
 
 
-def _learned_names(settings: OptimizeSettings) -> list[str]:
-    return ["current", "mean", "ema", *(f"top{percent}" for percent in settings.top_percent)]
-
-
-def _write_weights(run: Run, settings: OptimizeSettings, key: str, done: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _write_weights(
+    run: Run, stage: str, settings: OptimizeSettings, key: str, done: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
     import torch
 
     from tdro_ray.dro.files import WeightFile, write_weights
     from tdro_ray.dro.weights import effective_tasks
 
-    folder, stage = run.folder / "weights", run.path("optimize")
+    folder, work = run.folder / "weights", run.path(stage)
     folder.mkdir(exist_ok=True)
     found = collections(run)
     sizes = {c.name: c.manifest.rows for c in found}
-    alphas = json.loads((stage / "alpha.json").read_text(encoding="utf-8"))
+    alphas = json.loads((work / "alpha.json").read_text(encoding="utf-8"))
     effective = effective_tasks(torch.tensor(alphas["current"]))
     meta = {
         "measure": settings.measure,
         "settings": settings.model_dump(mode="json"),
         "seed": run.recipe.seed,
-        "steps": settings.steps,
+        "steps": done["steps"],
         "data": {c.name: c.manifest.hash for c in found},
         "key": key,
     }
@@ -114,60 +177,115 @@ def _write_weights(run: Run, settings: OptimizeSettings, key: str, done: dict[st
         )
         for name, alpha in alphas.items()
     }
-    for percent in settings.top_percent:
-        files[f"top{percent}"] = files["current"].selected(percent)
+    for name, weights in _selections(run, settings, files["current"].weights, sizes).items():
+        kept = {task: sizes[task] for task in weights}
+        files[name] = WeightFile(
+            weights,
+            kept,
+            {**files["current"].meta, "kind": name, "kept_rows": sum(kept.values()) / sum(sizes.values())},
+        )
     for name, file in files.items():
-        write_weights(folder / f"{name}.json", file)
-    shutil.copy2(stage / "trajectory.parquet", folder / ".trajectory.tmp")
-    (folder / ".trajectory.tmp").replace(folder / "trajectory.parquet")
+        write_weights(folder / f"{prefix(stage)}{name}.json", file)
+    temporary = folder / f".{prefix(stage)}trajectory.tmp"
+    shutil.copy2(work / "trajectory.parquet", temporary)
+    temporary.replace(folder / f"{prefix(stage)}trajectory.parquet")
     high, low = (
         max(sizes, key=files["current"].weights.__getitem__),
         min(sizes, key=files["current"].weights.__getitem__),
     )
     alpha = files["current"].weights
-    line = f"{settings.steps} steps by {settings.measure}, alpha from {alpha[low]:.3f} ({low}) to {alpha[high]:.3f} ({high}), {effective:.1f} effective tasks"
+    line = f"{done['steps']} steps by {settings.measure}, alpha from {alpha[low]:.3f} ({low}) to {alpha[high]:.3f} ({high}), {effective:.1f} effective tasks"
     return line, {**done, "effective_tasks": effective}
 
 
-def finetune(run: Run, name: str) -> dict[str, Any]:
-    """Stage 2 with the weights called `name`: a learned file, or `proportional`."""
-    weights = weights_of(run, name)
-    ordered = [weights.get(task, 0.0) for task in task_names(run)]
-    return contrastive(run, f"finetune-{name}", run.recipe.finetune, ordered, {"weights": name}, f"{name} weights")
+def _selections(
+    run: Run, settings: OptimizeSettings, alpha: dict[str, float], sizes: dict[str, int]
+) -> dict[str, dict[str, float]]:
+    """Uniform weights on the tasks of largest alpha, by the percentages of tasks, rows and tokens that the recipe keeps."""
+    from tdro_ray.dro import select
+
+    found = {f"top{percent}": select.select_top(alpha, percent) for percent in settings.top_percent}
+    found |= {f"rows{percent}": select.select_amount(alpha, sizes, percent / 100) for percent in settings.top_rows}
+    if settings.top_tokens:
+        tokens = _tokens(run)
+        found |= {f"tokens{p}": select.select_amount(alpha, tokens, p / 100) for p in settings.top_tokens}
+    return found
 
 
-def weights_of(run: Run, name: str) -> dict[str, float]:
-    """Sampling weights by name: a file under the run's `weights/`, `proportional` (written there), or a path to a file."""
+def _tokens(run: Run) -> dict[str, float]:
+    """Tokens of each task's queries and first positives, cut to the model's lengths: a sample's mean times the rows."""
+    from tdro_ray.model.tokenize import TextTokenizer
+
+    tokenizer, found = TextTokenizer(base_folder(run)), {}
+    for task in collections(run):
+        size = task.manifest.rows
+        table = task.take_rows(
+            list(range(0, size, max(1, size // TOKEN_SAMPLE)))[:TOKEN_SAMPLE], ["query", "positives"]
+        )
+        queries = tokenizer.encode(table["query"].to_pylist(), "query", task.name)
+        passages = tokenizer.encode(
+            task.take_texts([p[0] for p in table["positives"].to_pylist()]), "passage", task.name
+        )
+        found[task.name] = size * sum(map(len, (*queries, *passages))) / len(queries)
+    return found
+
+
+def finetune_all(run: Run) -> None:
+    """Stage 2 with every mixture of the run."""
+    for mixture in mixtures(run.recipe):
+        finetune(run, mixture)
+
+
+def finetune(run: Run, mixture: Mixture) -> dict[str, Any]:
+    """Stage 2 with a mixture."""
+    weights = weights_of(run, mixture)
+    ordered = tuple(weights.get(task, 0.0) for task in task_names(run))
+    if mixture.settings.use == "loss":  # G x weight: the same mean scale as without
+        variant = Variant(loss_scales=tuple(weight * len(ordered) for weight in ordered))
+    else:
+        variant = Variant(weights=_capped(run, weights, ordered))
+    facts = {"weights": mixture.name}
+    settings = finetune_settings(run.recipe, mixture)
+    return contrastive(run, f"finetune-{mixture.name}", settings, variant, facts, f"{mixture.name} weights")
+
+
+def _capped(run: Run, weights: dict[str, float], ordered: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the weights under `max_repeats`, in the tasks' order."""
+    from tdro_ray.dro.select import cap_repeats
+
+    recipe = run.recipe
+    if recipe.max_repeats is None:
+        return ordered
+    sizes = {c.name: c.manifest.rows for c in collections(run)}
+    drawn = recipe.finetune.steps * recipe.finetune.batch_size
+    capped = cap_repeats(weights, {task: sizes[task] for task in weights}, recipe.max_repeats, drawn)
+    return tuple(capped.get(task, 0.0) for task in sizes)
+
+
+def weights_of(run: Run, mixture: Mixture) -> dict[str, float]:
+    """Weights of a mixture over the run's tasks; those that come from the tasks' rows are written under `weights/`."""
     from tdro_ray.dro import select
     from tdro_ray.dro.files import WeightFile, read_weights, write_weights
 
     sizes = {c.name: c.manifest.rows for c in collections(run)}
-    path = run.folder / "weights" / f"{name}.json"
-    if name == "proportional":
-        write_weights(path, WeightFile(select.proportional(sizes), sizes, {"kind": name}))
-    elif name.endswith(".json"):
-        path = Path(name)
+    path = mixture.file
+    if mixture.settings.power is not None:
+        path = run.folder / "weights" / f"{mixture.name}.json"
+        weights = select.temperature(sizes, mixture.settings.power)
+        write_weights(path, WeightFile(weights, sizes, {"kind": mixture.name}))
+    path = path or mixture.weight_file(run.folder)
     if not path.exists():
-        known = [*_learned_names(run.recipe.optimize), "proportional"]
-        raise ConfigError(
-            f"No weights {name!r}. Learned and built-in: {', '.join(known)}; or a path to a weight file (.json). Run `tdro optimize {run.recipe.name}` for the learned ones."
-        )
+        mend = f"Run `tdro optimize {run.recipe.name}` first." if mixture.stage1 else "Give the path of a weight file."
+        raise ConfigError(f"No weight file {path}. {mend}")
     return read_weights(path, known=sizes).weights
 
 
 def model_folders(run: Run) -> dict[str, tuple[str, Path]]:
     """Trained models: name -> (key, model folder); the baseline first."""
-    stages = {
-        BASELINE: "reference",
-        **{_model_name(n): f"finetune-{_model_name(n)}" for n in (*run.recipe.weights, *run.recipe.compare)},
-    }
+    stages = {BASELINE: BASE_REFERENCE, **{m.name: f"finetune-{m.name}" for m in mixtures(run.recipe)}}
     out = {}
     for name, stage in stages.items():
         manifest = run.manifest(stage)
         if manifest:
             out[name] = (manifest["key"], run.path(stage) / "model")
     return out
-
-
-def _model_name(weights: str) -> str:
-    return Path(weights).stem if weights.endswith(".json") else weights

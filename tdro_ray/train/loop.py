@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import torch
 from tdro_ray.config import ModelSettings, OptimizeSettings, TrainSettings
 from tdro_ray.data.collate import Batch
 from tdro_ray.dro.files import write_trajectory
-from tdro_ray.dro.weights import TaskWeights, eta_at
+from tdro_ray.dro.weights import TaskWeights, converged, eta_at, tail_mean
 from tdro_ray.errors import TdroError
 from tdro_ray.model.encoder import Retriever, load_retriever, save_retriever
 from tdro_ray.train import checkpoint
@@ -42,6 +43,7 @@ class TrainJob:
     tasks: TaskSettings
     seed: int
     backend: str = "ddp"
+    snapshots: tuple[int, ...] = ()  # steps after which the model is also kept, as out/start-<step>
 
 
 def train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
@@ -56,10 +58,10 @@ def train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
 def _train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
     settings, device = job.settings, context.device
     found = context.latest_checkpoint()
-    done = checkpoint.steps_done(found, job.key) if found else 0
+    done, finished = checkpoint.progress(found, job.key) if found else (0, False)
     # Asked for before the model is loaded, so that data starts meanwhile; not at all where the run was killed between
     # its last checkpoint and its end: there is nothing to read.
-    batches = context.batches(done) if done < settings.steps else iter(())
+    batches = iter(()) if finished else context.batches(done)
     torch.manual_seed(job.seed)
     retriever = trainable(load_retriever(job.base, job.model.dtype), job.model).to(device)
     backend: Backend = BACKENDS[job.backend](retriever, settings)
@@ -75,16 +77,22 @@ def _train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
             assert weights is not None
             weights.eta = eta_at(batch.step, settings.steps, settings.eta, settings.eta_schedule, settings.hold)
             result = dro_step(backend, weights, batch, settings, job.tasks, retriever.spec.pad_token_id, device)
-            trajectory.append((batch.step, result.detail["alpha"], result.detail["signal"]))
         else:
-            result = contrastive_step(backend, batch, settings, job.tasks, retriever.spec.pad_token_id, device)
+            result = contrastive_step(backend, batch, settings, job.tasks, retriever.spec.pad_token_id, device, weights)
+        if weights is not None:
+            trajectory.append((batch.step, result.detail["alpha"], result.detail["signal"]))
         rate = learning_rate(batch.step, settings)
         norm = backend.update(rate)
         start = batch.step + 1
         log.step(batch, result, rate, norm)
-        if start % settings.checkpoint_every == 0 or start == settings.steps:
-            _checkpoint(job, context, backend, weights, trajectory, start, retriever)
-    if start != settings.steps:
+        finished = start == settings.steps or _converged(settings, trajectory)
+        if start in job.snapshots:
+            _snapshot(job, context, retriever, start)
+        if finished or start % settings.checkpoint_every == 0:
+            _checkpoint(job, context, backend, weights, trajectory, start, retriever, finished)
+        if finished:
+            break
+    if not finished:
         raise TdroError(
             f"The batches ended after {start} of {settings.steps} steps. Run the stage again: it goes on from its checkpoint."
         )
@@ -119,9 +127,29 @@ def trainable(retriever: Retriever, model: ModelSettings) -> Retriever:
     return retriever
 
 
+def _converged(settings: TrainSettings, trajectory: list[Any]) -> bool:
+    """Whether stage 1 may end early: less than `tolerance` of the weight moved between the last two windows."""
+    if not isinstance(settings, OptimizeSettings) or not settings.tolerance or len(trajectory) < 2 * settings.window:
+        return False
+    recent_SG = torch.tensor([alpha for _, alpha, _ in trajectory[-2 * settings.window :]], dtype=torch.float64)
+    moving = eta_at(trajectory[-2 * settings.window][0], settings.steps, 1.0, settings.eta_schedule, settings.hold) > 0
+    return moving and converged(recent_SG, settings.tolerance, settings.window)
+
+
+def _snapshot(job: TrainJob, context: TrainContext, retriever: Retriever, step: int) -> None:
+    """Keep the model as it is now, beside what the run goes on to."""
+    if context.rank != 0:
+        return
+    arriving, target = job.out / f".start-{step}", job.out / f"start-{step}"
+    for folder in (arriving, target):
+        shutil.rmtree(folder, ignore_errors=True)
+    save_retriever(retriever, job.base, arriving)
+    arriving.rename(target)
+
+
 def _task_weights(settings: TrainSettings, num_tasks: int) -> TaskWeights | None:
-    if not isinstance(settings, OptimizeSettings):
-        return None
+    if not isinstance(settings, OptimizeSettings):  # Group DRO moves the weight of the batch's task alone, unclipped
+        return TaskWeights(num_tasks, settings.group_dro, math.inf, absent="zero") if settings.group_dro else None
     return TaskWeights(
         num_tasks,
         settings.eta,
@@ -154,6 +182,7 @@ def _checkpoint(
     trajectory: list[Any],
     step: int,
     retriever: Retriever,
+    finished: bool,
 ) -> None:
     state = backend.state_dict()
     if context.rank != 0:
@@ -161,11 +190,11 @@ def _checkpoint(
         return
     folder = Path(tempfile.mkdtemp(prefix="tdro-"))
     dro = None if weights is None else {"weights": weights.state_dict(), "trajectory": trajectory}
-    if step == job.settings.steps:
+    if finished:
         save_retriever(retriever, job.base, folder / "model")
         if weights is not None:
             _write_weights(folder, job, weights, trajectory)
-    checkpoint.write(folder, step, job.key, state, dro)
+    checkpoint.write(folder, step, job.key, state, dro, finished)
     context.report({"step": step}, folder)
 
 
@@ -173,6 +202,8 @@ def _write_weights(folder: Path, job: TrainJob, weights: TaskWeights, trajectory
     steps, alpha_SG, signal_SG = zip(*trajectory, strict=True)
     write_trajectory(folder / "trajectory.parquet", steps, list(job.tasks.names), alpha_SG, signal_SG)
     found = {"current": weights.alpha_G, "mean": weights.mean_G, "ema": weights.ema_G}
+    if isinstance(job.settings, OptimizeSettings):
+        found["tail"] = tail_mean(torch.tensor(alpha_SG, dtype=torch.float64), job.settings.tail)
     (folder / "alpha.json").write_text(json.dumps({k: v.tolist() for k, v in found.items()}), encoding="utf-8")
 
 

@@ -17,6 +17,7 @@ from tdro_ray.config import ScaleSettings
 from tdro_ray.data.collate import Batch, BatchRecipe
 from tdro_ray.data.stream import PlanDataConfig, batches_of
 from tdro_ray.errors import TdroError
+from tdro_ray.train import checkpoint
 from tdro_ray.train.loop import TrainJob, train
 
 
@@ -78,7 +79,8 @@ def run(job: TrainJob, batches: BatchRecipe, scale: ScaleSettings, storage: str,
         result = trainer.fit()
     except ray.train.TrainingFailedError as err:
         raise _own_error(err) from err
-    _collect(result.checkpoint, job.out)
+    with result.checkpoint.as_directory() as folder:
+        checkpoint.publish(Path(folder), job.out)
     return dict(result.return_value)
 
 
@@ -88,27 +90,6 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
 def _no_dataset() -> None:
     """Stand-in: the plan's dataset is made in PlanDataConfig.configure, where the number of workers is known."""
-
-
-def _collect(found: Any, out: Path) -> None:
-    """Copy what the last checkpoint finished (model, alpha, trajectory) into the stage's folder, each by rename."""
-    with found.as_directory() as folder:
-        for name in ("model", "alpha.json", "trajectory.parquet"):
-            source, target = Path(folder) / name, out / name
-            if not source.exists():
-                continue
-            temporary = out / f".{name}.tmp"
-            _remove(temporary)
-            (shutil.copytree if source.is_dir() else shutil.copy2)(source, temporary)
-            _remove(target)
-            temporary.rename(target)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _own_error(err: Exception) -> Exception:

@@ -36,6 +36,7 @@ class TaskSettings:
     sizes: tuple[int, ...]
     temperatures: tuple[float | None, ...]
     in_batch: tuple[bool, ...]
+    loss_scales: tuple[float, ...] = ()  # of each task's gradient in stages 0 and 2; (): 1
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,19 @@ class StepResult:
 
 
 def contrastive_step(
-    backend: Backend, batch: Batch, settings: TrainSettings, tasks: TaskSettings, pad_id: int, device: torch.device
+    backend: Backend,
+    batch: Batch,
+    settings: TrainSettings,
+    tasks: TaskSettings,
+    pad_id: int,
+    device: torch.device,
+    weights: TaskWeights | None = None,
 ) -> StepResult:
-    """Forward and backward of a homogeneous batch (stages 0 and 2): mean InfoNCE over the global batch's rows."""
+    """Forward and backward of a homogeneous batch (stages 0 and 2): mean InfoNCE over the global batch's rows.
+
+    With `weights` the gradient is scaled by alpha_g * G of the batch's task g, alpha after an update by its loss:
+    online Group DRO (Sagawa et al. 2020, Algorithm 1). The loss that is returned is the unscaled one.
+    """
     cached = _cached_forward(backend, batch, settings.token_budget, pad_id, device)
     rep_SD = cached.forward()
     num_local, task = len(batch.task_B), int(batch.task_B[0]) if len(batch.task_B) else 0
@@ -62,8 +73,14 @@ def contrastive_step(
         loss_B, gradient_SD = _own_passages(query_BD, passage_XD, batch, temperature)
     totals = sum_(torch.stack([loss_B.sum(), torch.tensor(float(num_local), dtype=loss_B.dtype, device=device)]))
     _check_finite(totals[0], batch, tasks)
-    cached.backward(gradient_SD / totals[1])
-    return StepResult(float(totals[0] / totals[1]), int(totals[1]), {"task": tasks.names[task]})
+    mean, detail = float(totals[0] / totals[1]), {"task": tasks.names[task]}
+    scale = tasks.loss_scales[task] if tasks.loss_scales else 1.0
+    if weights is not None:
+        present_G = torch.arange(len(tasks.names)) == task
+        scale = float(weights.update(present_G.double() * mean, present_G)[task]) * len(tasks.names)
+        detail |= {"alpha": weights.alpha_G.tolist(), "signal": weights.signal_G.tolist()}
+    cached.backward(gradient_SD * (scale / totals[1]))
+    return StepResult(mean, int(totals[1]), detail)
 
 
 def dro_step(
@@ -78,46 +95,81 @@ def dro_step(
     """Forward and backward of a stratified batch (stage 1): update alpha, then the robust loss under the new alpha.
 
     Robust loss = sum_i alpha_g(i) / sum_j alpha_g(j) * L_proxy,i over the global batch (released code), so neither
-    alpha nor the gradient depends on the number of workers.
+    alpha nor the gradient depends on the number of workers. A batch with a `probe` takes the signal from the probe's
+    rows, before the update, and the gradient from its own.
     """
+    assert (batch.probe or batch).reference_BP is not None, "stage 1 needs reference similarities"
+    signal_N = _losses_of_all(backend, batch.probe, settings, tasks, pad_id, device) if batch.probe else None
     cached = _cached_forward(backend, batch, settings.token_budget, pad_id, device)
-    rep_SD = cached.forward()
-    num_local = len(batch.task_B)
-    tau_B1 = _temperatures(batch, settings.temperature, tasks, device)[:, None]
-    valid_BP = torch.from_numpy(batch.passage_key_BP >= 0).to(device)
-    query_BD = rep_SD[:num_local].detach().requires_grad_()
-    passage_BPD = rep_SD[num_local:].detach().reshape(num_local, -1, rep_SD.shape[1]).requires_grad_()
-    score_BP = torch.einsum("bd,bpd->bp", query_BD, passage_BPD)
-    loss_B = own_passages_loss(score_BP / tau_B1, 1.0, valid_BP)
-    assert batch.reference_BP is not None, "stage 1 needs reference similarities"
-    reference_BP = torch.from_numpy(batch.reference_BP).to(device)
-    reference_B = own_passages_loss(reference_BP / tau_B1, 1.0, valid_BP)
-
-    task_B = torch.from_numpy(batch.task_B).to(device)
-    packed_B3 = torch.stack([loss_B.detach().double(), reference_B.double(), task_B.double()], dim=1)
-    loss_N, reference_N, task_N = gather_rows(packed_B3).cpu().unbind(1)
-    task_N = task_N.long()
-    _check_finite(loss_N.sum() + reference_N.sum(), batch, tasks)
+    leaf_SD = cached.forward()
+    loss_B = _row_losses(leaf_SD, batch, settings, tasks, device)
+    own_N = _gathered(loss_B, batch, settings, tasks, device)
+    loss_N, reference_N, task_N = signal_N or own_N
+    _check_finite(loss_N.sum() + reference_N.sum() + own_N[0].sum(), batch, tasks)
     num_tasks = len(tasks.names)
-    options = settings.measure_options
     signal_G = signal(
-        settings.measure, loss_N, reference_N, task_N, num_tasks, group_rows=settings.group_rows, **options
+        settings.measure,
+        loss_N,
+        reference_N,
+        task_N,
+        num_tasks,
+        group_rows=settings.group_rows,
+        sizes_G=torch.tensor(tasks.sizes),
+        size_c=settings.size_c,
+        **settings.measure_options,
     )
-    present_G = task_counts(task_N, num_tasks) > 0
-    weights.update(signal_G, present_G)
-    weight_N = row_weights(weights.alpha_G, task_N)
-    robust = float((weight_N * loss_N).sum())
-    weight_B = row_weights(weights.alpha_G, task_B.cpu(), task_N).to(device)
+    weights.update(signal_G, task_counts(task_N, num_tasks) > 0)
+    robust = float((row_weights(weights.alpha_G, own_N[2]) * own_N[0]).sum())
+    weight_B = row_weights(weights.alpha_G, torch.from_numpy(batch.task_B), own_N[2]).to(device)
 
     (loss_B * weight_B.to(loss_B.dtype)).sum().backward()
-    cached.backward(torch.cat([query_BD.grad, passage_BPD.grad.flatten(0, 1)]))
+    cached.backward(leaf_SD.grad)
     detail = {
         "signal": signal_G.tolist(),
         "alpha": weights.alpha_G.tolist(),
         "proxy_loss": task_means(loss_N, task_N, num_tasks).tolist(),
         "reference_loss": task_means(reference_N, task_N, num_tasks).tolist(),
     }
-    return StepResult(robust, len(task_N), detail)
+    return StepResult(robust, len(own_N[2]), detail)
+
+
+def _losses_of_all(
+    backend: Backend, batch: Batch, settings: OptimizeSettings, tasks: TaskSettings, pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `_gathered` of a batch that is only measured: nothing is kept for a backward."""
+    with torch.no_grad():
+        rep_SD = _cached_forward(backend, batch, settings.token_budget, pad_id, device).forward()
+        return _gathered(_row_losses(rep_SD, batch, settings, tasks, device), batch, settings, tasks, device)
+
+
+def _row_losses(
+    rep_SD: Tensor, batch: Batch, settings: TrainSettings, tasks: TaskSettings, device: torch.device
+) -> Tensor:
+    """Return InfoNCE of each row over its own passages (B,)."""
+    num_local, width = batch.passage_key_BP.shape
+    passage_BPD = rep_SD[num_local:].reshape(num_local, width, -1)
+    score_BP = torch.einsum("bd,bpd->bp", rep_SD[:num_local], passage_BPD)
+    return _own_loss(score_BP, batch, settings, tasks, device)
+
+
+def _own_loss(
+    score_BP: Tensor, batch: Batch, settings: TrainSettings, tasks: TaskSettings, device: torch.device
+) -> Tensor:
+    tau_B1 = _temperatures(batch, settings.temperature, tasks, device)[:, None]
+    return own_passages_loss(score_BP / tau_B1, 1.0, torch.from_numpy(batch.passage_key_BP >= 0).to(device))
+
+
+def _gathered(
+    loss_B: Tensor, batch: Batch, settings: TrainSettings, tasks: TaskSettings, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (proxy losses, reference losses, tasks) of all workers' rows (N,), on the CPU; zeros without a reference."""
+    reference_B = torch.zeros_like(loss_B)
+    if batch.reference_BP is not None:
+        reference_B = _own_loss(torch.from_numpy(batch.reference_BP).to(device), batch, settings, tasks, device)
+    task_B = torch.from_numpy(batch.task_B).to(device)
+    packed_B3 = torch.stack([loss_B.detach().double(), reference_B.double(), task_B.double()], dim=1)
+    loss_N, reference_N, task_N = gather_rows(packed_B3).cpu().unbind(1)
+    return loss_N, reference_N, task_N.long()
 
 
 def _cached_forward(

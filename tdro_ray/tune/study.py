@@ -31,7 +31,7 @@ def prepare(run: Run) -> str:
         )
     # The scores of the longer of both runs, so that tuning never makes the scores of `tdro run` out of date.
     longer = recipe.optimize.model_copy(update={"steps": max(recipe.optimize.steps, settings.optimize_steps)})
-    stages.score(Run(recipe.model_copy(update={"optimize": longer}), run.display, run.connect))
+    stages.score_for(run, longer)
     optimize, finetune = short_settings(recipe)
     searched = {"eta", "temperature", *settings.choices} | ({"measure"} if not optimize.measure_options else set())
     return key_of(
@@ -52,7 +52,8 @@ def make_study(run: Run, key: str) -> Study:
         key=key,
         folder=run.path("tune") / "trials",
         tasks=stages.train_job(run, "tune", key, optimize).tasks,
-        batches=stages.batch_recipe(run, optimize, None, "stratified", stages.scores_folder(run, optimize)[1]),
+        batches=stages.stage1_batches(run, optimize),
+        proxy=stages.proxy_base(run, optimize),
         optimize=optimize,
         finetune=finetune,
         model=recipe.model,

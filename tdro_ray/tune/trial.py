@@ -42,6 +42,7 @@ class Study:
     folder: Path  # one folder per trial
     tasks: TaskSettings
     batches: BatchRecipe  # of stage 1, with the reference scores
+    proxy: Path  # model folder that the proxy starts from
     optimize: OptimizeSettings  # shortened to the trial's steps
     finetune: TrainSettings  # the same
     model: ModelSettings
@@ -134,7 +135,7 @@ def _learn(study: Study, setting: Setting, out: Path) -> dict[str, Any]:
     from tdro_ray.train.loop import TrainJob, train
 
     settings = stage_settings(study.optimize, setting)
-    job = TrainJob(key_of(study.key, setting), study.batches.model, out, settings, study.model, study.tasks, study.seed)
+    job = TrainJob(key_of(study.key, setting), study.proxy, out, settings, study.model, study.tasks, study.seed)
     context = LocalContext(partial(local_batches, study.batches), out / "checkpoints", study.device)
     began = time.monotonic()
     summary = train(job, context)
@@ -175,7 +176,7 @@ def _finetune(
     settings = settings.model_copy(update={"checkpoint_every": every})
     sizes = study.batches.plan.sizes
     plan = Plan(sizes, alpha, settings.steps, settings.batch_size, study.seed, "homogeneous")
-    batches = replace(study.batches, plan=plan, num_negatives=settings.num_negatives, scores=None)
+    batches = replace(study.batches, plan=plan, num_negatives=settings.num_negatives, scores=None, probe=None)
     key = key_of(study.key, alpha, study.seed)
     job = TrainJob(key, study.batches.model, folder / "finetune", settings, study.model, study.tasks, study.seed)
     found = _Evaluations(study, job, folder / "evaluations.json", report)

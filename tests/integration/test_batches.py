@@ -1,6 +1,7 @@
 """The batch path on a real Ray: order, resume, number of workers; and scores = the reference run in the step."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,11 +91,11 @@ def test_scores_are_the_reference_run_in_the_step_and_a_longer_plan_extends_them
     short = settings.model_copy(update={"steps": 3})
     reference, out = stages.base_folder(run), tmp_path / "scores.lance"
     made = [
-        score(stages.batch_recipe(run, s, None, "stratified"), reference, out, 1, 0.5, False, 4096)
+        score(stages.batch_recipe(run, s, None, "stratified"), [reference], out, 1, 0.5, False, 4096)
         for s in (short, settings, settings)
     ]
     assert made == [3, settings.steps - 3, 0]
-    collator = Collator(stages.batch_recipe(run, settings, None, "stratified", out))
+    collator = Collator(replace(stages.batch_recipe(run, settings, None, "stratified"), scores=out))
     encoder = Encoder.load(reference)
     for step in range(settings.steps):
         batch = collator.batch(step, 0, 1)
@@ -108,15 +109,14 @@ def test_scores_of_another_draw_are_refused(run, tmp_path):
     settings = run.recipe.optimize
     score(
         stages.batch_recipe(run, settings, None, "stratified"),
-        stages.base_folder(run),
+        [stages.base_folder(run)],
         tmp_path / "s.lance",
         1,
         0.5,
         False,
         4096,
     )
-    other = stages.batch_recipe(
-        run, settings.model_copy(update={"num_negatives": 1}), None, "stratified", tmp_path / "s.lance"
-    )
+    other = stages.batch_recipe(run, settings.model_copy(update={"num_negatives": 1}), None, "stratified")
+    other = replace(other, scores=tmp_path / "s.lance")
     with pytest.raises(DataError, match="Run `tdro score` again"):
         Collator(other).batch(0, 0, 1)

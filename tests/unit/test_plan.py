@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdro_ray.data.plan import Plan, draw_negatives, shares
+from tdro_ray.data.plan import Fold, Plan, draw_negatives, fold_numbers, shares
 from tdro_ray.errors import ConfigError
 
 weights = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=30).filter(lambda w: sum(w) > 1e-3)
@@ -96,3 +96,28 @@ def test_a_plan_that_cannot_be_is_refused(arguments):
 def test_a_stratified_plan_refuses_weights_that_have_no_effect():
     with pytest.raises(ConfigError, match="no effect"):
         Plan([3, 3], [0.9, 0.1], 1, 2, 0, "stratified")
+
+
+def test_folds_split_every_task_and_a_plan_keeps_to_its_part():
+    sizes, count = [10, 23], 3
+    for task, size in enumerate(sizes):
+        numbers = fold_numbers(size, 5, task, count)
+        assert np.bincount(numbers, minlength=count).tolist() == [
+            len(range(size * (f + 1) // count)) - size * f // count for f in range(count)
+        ]
+    for number in range(count):
+        for rest in (False, True):
+            plan = Plan(sizes, None, 40, 8, 5, "stratified", Fold(number, count, rest))
+            drawn = {(t, int(r)) for s in range(40) for t, rows in plan.step(s) for r in rows}
+            wanted = {
+                (t, r)
+                for t, size in enumerate(sizes)
+                for r in range(size)
+                if (fold_numbers(size, 5, t, count)[r] == number) != rest
+            }
+            assert drawn == wanted
+
+
+def test_a_task_with_fewer_rows_than_folds_is_refused():
+    with pytest.raises(ConfigError, match=r"3 rows cannot be split into 5 folds\. Set optimize\.folds lower"):
+        Plan([3, 50], None, 1, 4, 0, "stratified", Fold(0, 5))

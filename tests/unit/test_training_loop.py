@@ -155,3 +155,65 @@ def test_a_run_killed_after_its_last_checkpoint_asks_for_no_batch(base, tmp_path
     job = job_of(base, tmp_path / "out", False)
     train(job, LocalContext(batches_for(False), tmp_path / "a"))
     assert train(job, LocalContext(refuse, tmp_path / "a"))["steps"] == STEPS
+
+
+def test_stage_1_ends_once_its_weights_stand_still(base, tmp_path):
+    """Signals that cancel: alpha moves to and fro, its windows' means do not; a restart finds the run finished."""
+
+    def run(out, **changes):
+        settings = OptimizeSettings(steps=STEPS, batch_size=8, temperature=0.1, eta=1e-9, window=2, **changes)
+        job = TrainJob("k", base, tmp_path / out, settings, ModelSettings(), TASKS, 0)
+        return job, train(job, LocalContext(batches_for(True), tmp_path / out / "checkpoints"))
+
+    assert run("never")[1]["steps"] == STEPS
+    assert run("held", tolerance=1e-3, hold=0.5)[1]["steps"] == STEPS  # two windows after the hold never fit
+    job, done = run("still", tolerance=1e-3)
+    assert done["steps"] == 4
+    context = LocalContext(lambda start: iter(()), tmp_path / "still" / "checkpoints")
+    assert train(job, context)["steps"] == 4
+    assert len(read_trajectory(context.latest_checkpoint() / "trajectory.parquet").steps) == 4
+
+
+def test_tail_is_the_mean_of_the_last_share_of_the_weights(base, tmp_path):
+    settings = OptimizeSettings(steps=STEPS, batch_size=8, temperature=0.1, eta=0.5, tail=0.5)
+    context = LocalContext(batches_for(True), tmp_path / "a")
+    train(TrainJob("k", base, tmp_path / "o", settings, ModelSettings(), TASKS, 0), context)
+    found = json.loads((context.latest_checkpoint() / "alpha.json").read_text())
+    alpha_SG = read_trajectory(context.latest_checkpoint() / "trajectory.parquet").alpha_SG
+    assert found["tail"] == pytest.approx(alpha_SG[3:].mean(0).tolist(), rel=1e-12)
+    assert max(abs(a - b) for a, b in zip(found["tail"], found["mean"])) > 1e-4
+
+
+def test_a_snapshot_is_the_model_of_that_step_and_changes_nothing_after_it(base, tmp_path):
+    def run(out, **changes):
+        job = replace(job_of(base, tmp_path / out, False), **changes)
+        context = LocalContext(batches_for(False), tmp_path / out / "checkpoints")
+        train(job, context)
+        return context.latest_checkpoint()
+
+    whole, plain = run("whole", snapshots=(2, 4)), run("plain")
+    short = job_of(base, tmp_path / "short", False).settings.model_copy(update={"steps": 2})
+    assert torch.equal(*(next(iter(final_weights(f).values())) for f in (whole, plain)))
+    # A run that stops there, with the same learning rates: warm-up covers both steps.
+    early = run("early", settings=short)
+    for name, value in final_weights(early).items():
+        from safetensors.torch import load_file
+
+        assert torch.equal(value, load_file(tmp_path / "whole" / "start-2" / "model.safetensors")[name])
+    assert not (tmp_path / "plain" / "start-2").exists()
+
+
+def test_group_dro_keeps_its_weights_over_a_restart(base, tmp_path):
+    def run(out, stop=STEPS):
+        job = job_of(base, tmp_path / out, False)
+        job = replace(job, settings=job.settings.model_copy(update={"group_dro": 0.2}))
+        context = LocalContext(batches_for(False, stop), tmp_path / out / "checkpoints")
+        train(job, context)
+        return context.latest_checkpoint()
+
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", stop=3)
+    broken, whole = run("broken"), run("whole")
+    alphas = [json.loads((f / "alpha.json").read_text())["current"] for f in (broken, whole)]
+    assert alphas[0] == alphas[1] and max(alphas[0]) > 0.35
+    assert all(torch.equal(a, final_weights(whole)[n]) for n, a in final_weights(broken).items())

@@ -1,11 +1,13 @@
 """Gradients by equality: chunked = whole, one worker = several, ours = a naive loss written out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from training import TASKS, dropout_model, global_batch, share_of
+from training import TASKS, dropout_model, global_batch, probed_batch, share_of
 
 from tdro_ray.config import OptimizeSettings, TrainSettings
 from tdro_ray.dro.weights import TaskWeights
@@ -17,14 +19,14 @@ CPU = torch.device("cpu")
 BIG, SMALL = 100_000, 40  # token budgets: one pass, many chunks
 
 
-def run_step(batch, budget, dropout=0.0, temperature=0.2, measure="ratio", weights=None):
+def run_step(batch, budget, dropout=0.0, temperature=0.2, measure="ratio", weights=None, group_dro=False):
     """Return (loss, flat gradient summed over workers, detail) of one step in float64."""
     backend = Replicated(dropout_model(torch.float64, dropout), TrainSettings())
     torch.manual_seed(11)
-    if batch.reference_BP is None:
-        result = contrastive_step(
-            backend, batch, TrainSettings(temperature=temperature, token_budget=budget), TASKS, 0, CPU
-        )
+    if batch.reference_BP is None and batch.probe is None:
+        settings = TrainSettings(temperature=temperature, token_budget=budget)
+        online = TaskWeights(3, 0.3, float("inf"), absent="zero") if group_dro else None
+        result = contrastive_step(backend, batch, settings, TASKS, 0, CPU, online)
     else:
         settings = OptimizeSettings(
             temperature=temperature, token_budget=budget, measure=measure, eta=0.5, group_rows=4
@@ -102,7 +104,9 @@ def test_the_loss_is_infonce_with_equal_passages_masked(task):
 def _worker(rank, num_workers, port, cases, out):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_workers)
     torch.set_num_threads(1)
-    results = [run_step(share_of(batch, rank, num_workers), budget) for batch, budget in cases]
+    results = [
+        run_step(share_of(batch, rank, num_workers), budget, group_dro=online) for batch, budget, online in cases
+    ]
     if rank == 0:
         torch.save([(loss, grad, detail) for loss, grad, detail in results], out)
     dist.destroy_process_group()
@@ -119,12 +123,17 @@ def free_port():
 @pytest.mark.parametrize("num_workers", [2, 4])
 def test_the_number_of_workers_changes_nothing(tmp_path, num_workers):
     """Loss, every gradient, and in stage 1 alpha; uneven shares, and workers whose chunk counts differ."""
-    cases = [(global_batch(9, 3, task), budget) for task in (0, 1, 2, None) for budget in (BIG, SMALL)]
+    cases = [(global_batch(9, 3, task), budget, False) for task in (0, 1, 2, None) for budget in (BIG, SMALL)]
+    cases += [
+        (probed_batch(9, 3, 7), BIG, False),
+        (probed_batch(9, 3, 7), SMALL, False),
+        (global_batch(9, 3, 1), BIG, True),
+    ]
     mp.spawn(_worker, (num_workers, free_port(), cases, tmp_path / "out.pt"), nprocs=num_workers)
-    for (batch, budget), found in zip(cases, torch.load(tmp_path / "out.pt", weights_only=False), strict=True):
-        alone = run_step(batch, budget)
+    for (batch, budget, online), found in zip(cases, torch.load(tmp_path / "out.pt", weights_only=False), strict=True):
+        alone = run_step(batch, budget, group_dro=online)
         assert_close(found, alone)
-        if batch.reference_BP is not None:
+        if "alpha" in found[2]:
             np.testing.assert_allclose(found[2]["alpha"], alone[2]["alpha"], rtol=1e-12)
             np.testing.assert_allclose(found[2]["signal"], alone[2]["signal"], rtol=1e-12)
 
@@ -142,10 +151,43 @@ def test_the_robust_loss_is_under_the_weights_after_the_update(measure):
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_task_and_rows():
-    from dataclasses import replace
-
     from tdro_ray.errors import TdroError
 
     batch = replace(global_batch(6, 2, None), reference_BP=np.full((6, 2), np.nan, np.float32), step=17)
     with pytest.raises(TdroError, match=r"not finite at step 17.*[abc]:0"):
         run_step(batch, BIG)
+
+
+def test_the_signal_is_of_the_probe_and_the_gradient_of_the_batch():
+    batch = probed_batch(9, 3, 7)
+    weights, probed = TaskWeights(3, 0.5), TaskWeights(3, 0.5)
+    _, gradient, detail = run_step(batch, BIG, weights=weights)
+    measured = run_step(batch.probe, BIG, weights=probed)[2]
+    np.testing.assert_allclose(detail["signal"], measured["signal"], rtol=1e-12)
+    assert (weights.alpha_G - 1 / 3).abs().max() > 0.01
+    # The same gradient as of the batch alone under those weights, held still.
+    held = TaskWeights(3, 0.0, initial=weights.alpha_G)
+    alone = replace(
+        batch, reference_BP=np.zeros_like(batch.probe.reference_BP, shape=batch.passage_key_BP.shape), probe=None
+    )
+    assert_close((1.0, gradient), (1.0, run_step(alone, BIG, weights=held)[1]))
+
+
+def test_group_dro_scales_the_gradient_by_the_tasks_weight_after_its_own_loss():
+    batch = global_batch(9, 3, 1)
+    loss, plain, _ = run_step(batch, BIG)
+    same, scaled, detail = run_step(batch, BIG, group_dro=True)
+    grown = np.exp(0.3 * loss)  # Algorithm 1: the task's weight times exp(eta * loss), then normalised
+    assert same == loss
+    np.testing.assert_allclose(detail["alpha"], np.array([1, grown, 1]) / (2 + grown), rtol=1e-9)
+    assert_close((1.0, scaled), (1.0, plain * 3 * detail["alpha"][1]))
+
+
+def test_loss_scales_multiply_a_tasks_gradient():
+    batch = global_batch(9, 3, 1)
+    backend = Replicated(dropout_model(torch.float64, 0.0), TrainSettings())
+    torch.manual_seed(11)
+    tasks = replace(TASKS, loss_scales=(1.0, 2.5, 0.0))
+    contrastive_step(backend, batch, TrainSettings(temperature=0.2, token_budget=BIG), tasks, 0, CPU)
+    flat = torch.cat([p.grad.flatten() for p in backend.parameters if p.grad is not None])
+    assert float(flat.norm()) == pytest.approx(2.5 * float(run_step(batch, BIG)[1].norm()), rel=1e-9)

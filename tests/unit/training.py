@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,4 +114,11 @@ def share_of(batch: Batch, rank: int, num_workers: int) -> Batch:
         np.concatenate(mine),
         np.array([len(s) for s in mine], np.int64),
         None if batch.reference_BP is None else batch.reference_BP[part],
+        None if batch.probe is None else share_of(batch.probe, rank, num_workers),
     )
+
+
+def probed_batch(num_rows: int, num_passages: int, num_probed: int, step: int = 0) -> Batch:
+    """A stage-1 batch that is trained on without reference similarities, and measured on other rows that have them."""
+    probe = global_batch(num_probed, num_passages, None, seed=9, step=step)
+    return replace(global_batch(num_rows, num_passages, None, step=step), reference_BP=None, probe=probe)
