@@ -180,7 +180,8 @@ def test_group_dro_scales_the_gradient_by_the_tasks_weight_after_its_own_loss():
     grown = np.exp(0.3 * loss)  # Algorithm 1: the task's weight times exp(eta * loss), then normalised
     assert same == loss
     np.testing.assert_allclose(detail["alpha"], np.array([1, grown, 1]) / (2 + grown), rtol=1e-9)
-    assert_close((1.0, scaled), (1.0, plain * 3 * detail["alpha"][1]))
+    # Qwen2's RMSNorm works in float32 whatever the model's type: a scaled gradient is rounded otherwise there.
+    assert_close((1.0, scaled), (1.0, plain * 3 * detail["alpha"][1]), relative=1e-6)
 
 
 def test_loss_scales_multiply_a_tasks_gradient():
@@ -190,4 +191,4 @@ def test_loss_scales_multiply_a_tasks_gradient():
     tasks = replace(TASKS, loss_scales=(1.0, 2.5, 0.0))
     contrastive_step(backend, batch, TrainSettings(temperature=0.2, token_budget=BIG), tasks, 0, CPU)
     flat = torch.cat([p.grad.flatten() for p in backend.parameters if p.grad is not None])
-    assert float(flat.norm()) == pytest.approx(2.5 * float(run_step(batch, BIG)[1].norm()), rel=1e-9)
+    assert float(flat.norm()) == pytest.approx(2.5 * float(run_step(batch, BIG)[1].norm()), rel=1e-6)
