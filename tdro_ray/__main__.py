@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     for name, text in STAGES.items():
         _with_recipe(commands.add_parser(name, help=text))
     _with_recipe(commands.add_parser("tune", help="search DRO learning rate, temperature and measure with Ray Tune"))
+    _with_recipe(commands.add_parser("influence", help="leave one task out at a time: what each does to the others"))
     serve = _with_recipe(commands.add_parser("serve", help="serve the indexed retriever over HTTP until interrupted"))
     serve.add_argument("--model", help="a model folder instead of the run's best")
     serve.add_argument("--index", help="an index folder instead of the run's")

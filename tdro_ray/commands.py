@@ -141,6 +141,14 @@ def _tune(run: Run, arguments: argparse.Namespace) -> None:
     tune(run)
 
 
+def _influence(run: Run, arguments: argparse.Namespace) -> None:
+    from tdro_ray.tune.influence import influence
+
+    print("\n" + table(influence(run)))
+    _report(run)
+    print(f"\nReport: {run.folder / 'report.html'}")
+
+
 def _export(run: Run, arguments: argparse.Namespace) -> None:
     from tdro_ray import stages
     from tdro_ray.model.export import export
@@ -265,6 +273,7 @@ COMMANDS = {
     "compare": _compare,
     "report": _report,
     "tune": _tune,
+    "influence": _influence,
     "export": _export,
     "serve": _serve,
 }

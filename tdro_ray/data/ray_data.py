@@ -22,3 +22,8 @@ def quiet() -> Any:
         if handler.name == "console":
             handler.setLevel(logging.WARNING)
     return context
+
+
+def cluster() -> tuple[dict[str, float], str]:
+    """Return what the connected cluster has (CPU, GPU, memory in bytes), and the address for another process to join it."""
+    return dict(ray.cluster_resources()), str(ray.get_runtime_context().gcs_address)

@@ -6,6 +6,8 @@
     stages/<stage>/metrics.jsonl      one JSON object per logged step, for the stages that train
     weights/<name>.json               weight files
     weights/trajectory.parquet        weights over stage 1
+    seeds.json                        results and weights over several seeds
+    influence/influence.json          scores with one task left out at a time
     eval/<model>.json                 {"tasks", "mean", "worst"}; eval/<model>.per_query.json {task: {query: score}}
 
 Knows the files; neither plots nor statistics.
@@ -25,7 +27,17 @@ from tdro_ray.report.markup import share
 
 T = TypeVar("T")
 BASELINE = "uniform"  # the model that every other one is compared with
-STAGES = ("ingest", "mine", "reference", "score", "optimize", "finetune", "evaluate", "index", "serve")
+STAGES = (
+    "ingest",
+    "mine",
+    "reference",
+    "score",
+    "optimize",
+    "finetune",
+    "evaluate",
+    "index",
+    "serve",
+)
 LEARNED = ("current", "mean", "ema")  # weight files of the learned mixture, the first one there is shown
 
 
@@ -43,6 +55,8 @@ class RunFacts:
     trajectory: Trajectory | None
     evals: dict[str, dict[str, Any]]  # model -> eval file, the baseline first
     per_query: dict[str, dict[str, dict[str, float]]]  # model -> task -> query -> score
+    seeds: dict[str, Any] = field(default_factory=dict)  # what several seeds say together, {} for one
+    influence: dict[str, Any] = field(default_factory=dict)  # what `tdro influence` found
     problems: list[str] = field(default_factory=list)  # files that are there and cannot be read
 
     @property
@@ -121,6 +135,8 @@ def collect(run_folder: Path) -> RunFacts:
         trajectory=_try(read_trajectory, trajectory, problems) if trajectory.exists() else None,
         evals={model: evals[model] for model in _model_order(evals, config)},
         per_query={model: scores for model, scores in per_query.items() if model in evals and scores},
+        influence=read(folder / "influence" / "influence.json"),
+        seeds=read(folder / "seeds.json") if int(config.get("seeds") or 1) > 1 else {},
         problems=problems,
     )
 

@@ -18,6 +18,8 @@ from tdro_ray.report.collect import BASELINE, RunFacts
 RESAMPLES = 4000  # p-values no finer than 0.00025; a page over 25 tasks stays a matter of seconds
 LEVEL = 0.05  # p below which a difference is called significant
 MOVED = 0.01  # share of the weight that may change hands between the last two windows of stage 1
+AGREE = 0.5  # Kendall's tau between seeds below which their weights are called different
+CHANCE = 0.8  # share of the loss of guessing above which a task counts as not learned
 MANY_REPEATS = 10  # passes over a task in one fine-tuning above which it is named
 
 
@@ -78,6 +80,8 @@ def verdict(facts: RunFacts, found: Comparisons) -> tuple[str, str]:
             "open",
             f"Only {best} was evaluated: mean {measure} {means[best]:.3f}. There is nothing to compare it with.",
         )
+    if facts.seeds.get("against"):
+        return _verdict_over_seeds(facts)
     if rival not in found.overall:
         text = f"{best} has the highest mean {measure}, {means[best]:.3f}; {rival} {means[rival]:.3f}, {BASELINE} {means[BASELINE]:.3f}."
         return "open", text + " There are no per-query scores, so the difference was not tested."
@@ -96,10 +100,31 @@ def verdict(facts: RunFacts, found: Comparisons) -> tuple[str, str]:
     return "bad", f"{BASELINE} beats every other mixture. The nearest is {rival}: {numbers}."
 
 
+def _verdict_over_seeds(facts: RunFacts) -> tuple[str, str]:
+    against, models = facts.seeds["against"], facts.seeds["models"]
+    name = max(against, key=lambda model: against[model]["mean"]["average"])
+    mean, measure = against[name]["mean"], title(facts.seeds["measure"])
+    numbers = (
+        f"mean {measure} {models[name]['mean']['average']:.3f} against {models[BASELINE]['mean']['average']:.3f} of {BASELINE} over "
+        f"{len(facts.seeds['seeds'])} seeds: {mean['average']:+.4f} (95% interval over seeds {mean['low']:+.4f} to {mean['high']:+.4f})"
+    )
+    if mean["low"] > 0:
+        several = (
+            f" It is the best of {len(against)} mixtures, which the interval does not account for."
+            if len(against) > 1
+            else ""
+        )
+        return "good", f"{name} beats {BASELINE}: {numbers}.{several}"
+    if mean["high"] < 0:
+        return "bad", f"{BASELINE} beats every other mixture. The nearest is {name}: {numbers}."
+    return "open", f"No mixture is shown to beat {BASELINE} over the seeds. The best is {name}: {numbers}."
+
+
 def warnings(facts: RunFacts, found: Comparisons) -> list[str]:
     """Return everything that a reader must know before trusting the result, one sentence or two each."""
     return [
         *_weight_warnings(facts),
+        *_noise_warnings(facts),
         *_result_warnings(facts, found),
         *_data_warnings(facts),
         *_stage_warnings(facts),
@@ -213,12 +238,52 @@ def _result_warnings(facts: RunFacts, found: Comparisons) -> list[str]:
             texts.append(f"{model} is significantly worse than {BASELINE} on {_names(worse)}.")
     if any(len(set(r["tasks"]) ^ set(facts.evals[next(iter(facts.evals))]["tasks"])) for r in facts.evals.values()):
         texts.append("The models were not evaluated on the same tasks: their means cannot be compared.")
-    if found.overall:
+    if facts.seeds:
+        texts += _seed_warnings(facts)
+    elif found.overall:
         texts.append(
             "One training run per model: the intervals cover the choice of test queries, not training noise. "
             "Another seed can move a score by more."
         )
     return texts
+
+
+def _seed_warnings(facts: RunFacts) -> list[str]:
+    texts = []
+    own = facts.seeds.get("weights", {}).get("")
+    if own and own["kendall"] is not None and own["kendall"] < AGREE:
+        texts.append(
+            f"The seeds do not agree on the weights: Kendall's tau between their orders of the tasks is {own['kendall']:.2f}. "
+            "One seed's weights say little; use weights/seed-mean.json, or a longer stage 1."
+        )
+    spread = [max(m["mean"]["values"]) - min(m["mean"]["values"]) for m in facts.seeds["models"].values()]
+    texts.append(
+        f"From seed to seed one model's mean {title(facts.measure)} moves by up to {max(spread):.3f}. Tables and plots outside "
+        "“Over seeds” are of the first seed alone."
+    )
+    return texts
+
+
+def _noise_warnings(facts: RunFacts) -> list[str]:
+    """Tasks that gained weight although the reference is not much better on them than chance."""
+    _, weights = facts.learned
+    options = facts.config.get("optimize", {})
+    logged = [s["reference_loss"] for s in facts.metrics.get("optimize", []) if s.get("reference_loss")]
+    if not logged or not weights or facts.trajectory is None or len(logged[0]) != len(facts.trajectory.tasks):
+        return []
+    chance = float(np.log1p(options.get("num_negatives", 7)))
+    loss_G = np.mean(logged, axis=0)
+    noisy = [
+        task
+        for task, loss in zip(facts.trajectory.tasks, loss_G, strict=True)
+        if loss > CHANCE * chance and weights.get(task, 0.0) > 1 / len(weights)
+    ]
+    if not noisy:
+        return []
+    return [
+        f"Weight went to {_names(noisy)}, on which the reference is hardly better than chance (loss above {CHANCE:.0%} of "
+        f"{chance:.2f}): noisy labels, or too hard to learn in this many steps. Look at their rows."
+    ]
 
 
 def _data_warnings(facts: RunFacts) -> list[str]:

@@ -27,6 +27,7 @@ from tdro_ray.report.findings import (
 )
 from tdro_ray.report.markup import duration, esc, missing, number, table
 from tdro_ray.report.repeat import commands, flatten
+from tdro_ray.report.seeds import over_seeds
 
 HIT_TEXT = 320  # characters shown of a hit
 
@@ -49,6 +50,7 @@ def render(facts: RunFacts) -> str:
     found = compare_models(facts)
     parts = [
         ("results", "Results", sections.results(facts, found)),
+        ("seeds", "Over seeds", over_seeds(facts)),
         ("mixture", "The mixture", sections.mixture(facts)),
         ("training", "Training", sections.training(facts)),
         ("stages", "Stages and cost", _stages(facts)),

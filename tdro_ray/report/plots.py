@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from tdro_ray.report.drawing import (
+    INK,
     LABEL_GAP,
     MUTED,
+    NARROW,
     PAPER,
     SERIES,
     categories,
@@ -68,6 +70,56 @@ def differences(name: str, width: int, rows: Sequence[tuple[str, float, float, f
         axes.set_xlabel(label)
 
     return draw(name, label, width, 23 * len(rows) + 62, paint)
+
+
+def seed_weights(name: str, width: int, rows: Sequence[tuple[str, Sequence[float]]], start: float) -> str:
+    """Dots: per row of (task, weight under each seed) one dot a seed, joined from lowest to highest, and their mean."""
+
+    def paint(axes: Any) -> None:
+        axes.axvline(start, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+        for at, (_, values) in enumerate(rows):
+            axes.plot([min(values), max(values)], [at, at], color=SERIES[0], linewidth=1.6)
+            axes.plot(values, [at] * len(values), "o", markersize=5, color=SERIES[1], alpha=0.7)
+            axes.plot([float(np.mean(values))], [at], "|", markersize=14, markeredgewidth=2.4, color=SERIES[1])
+        categories(axes, range(len(rows)), [row[0] for row in rows], width)
+        percent_axis(axes, "x", [value for _, values in rows for value in values])
+        axes.set_xlabel("sampling weight" + (", log scale" if axes.get_xscale() == "log" else ""))
+
+    return draw(name, "Learned weight of each task under every seed", width, 23 * len(rows) + 62, paint)
+
+
+def heat(
+    name: str,
+    width: int,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    label: str,
+) -> str:
+    """Differences as coloured cells: blue above 0, orange below, the fuller the larger; None stays empty."""
+    from matplotlib.patches import Rectangle
+
+    most = max((abs(v) for line in values for v in line if v is not None), default=0.0) or 1.0
+
+    def paint(axes: Any) -> None:
+        for at, line in enumerate(values):
+            for i, value in enumerate(line):
+                if value is None:
+                    continue
+                colour, full = SERIES[1] if value > 0 else SERIES[2], abs(value) / most
+                axes.add_patch(
+                    Rectangle((i - 0.47, at - 0.45), 0.94, 0.9, color=colour, alpha=0.06 + 0.8 * full, linewidth=0)
+                )
+                if width > NARROW and len(columns) <= 20:
+                    axes.text(i, at, f"{100 * value:+.0f}", ha="center", va="center", fontsize=10, color=INK)
+        categories(axes, range(len(rows)), rows, width)
+        axes.set_xticks(range(len(columns)), [short(c, NARROW) for c in columns], rotation=90, color=INK)
+        axes.set_xlim(-0.6, len(columns) - 0.4)
+        axes.xaxis.tick_top()
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+
+    return draw(name, label, width, 21 * len(rows) + 130, paint)
 
 
 def weight_changes(

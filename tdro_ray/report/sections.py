@@ -36,12 +36,16 @@ from tdro_ray.report.markup import (
     table,
 )
 
+BARS = 4  # mixtures beside the baseline whose bars are drawn
+CURVES = 7  # loss curves in one plot
+
 
 def results(facts: RunFacts, found: Comparisons) -> str:
     """Models against the baseline, then task by task."""
     if not facts.evals:
         return missing("Evaluation: not run yet.") + _task_table(facts, found)
-    parts = [_model_table(facts, found), _score_bars(facts), _task_table(facts, found), _differences(facts, found)]
+    parts = [_model_table(facts, found), _score_bars(facts), _differences_map(facts)]
+    parts += [_task_table(facts, found), _differences(facts, found)]
     return "\n".join(parts)
 
 
@@ -66,7 +70,24 @@ def mixture(facts: RunFacts) -> str:
         parts.append(
             figure(f"Weights over the {path.steps[-1]:,} steps of stage 1; dotted: uniform.{moved}", draw, "trajectory")
         )
-    return "\n".join([*parts, _weight_files(facts)])
+    return "\n".join([*parts, _weight_files(facts), _influence(facts)])
+
+
+def _influence(facts: RunFacts) -> str:
+    found = facts.influence
+    if not found:
+        return ""
+    judged = [task for task in found["tasks"] if task in found["all"]]
+    values = [[found["all"][t] - found["without"][task][t] for t in judged] for task in found["tasks"]]
+    noise = sum(found["noise"].values()) / len(found["noise"])
+    caption = (
+        f"Influence: how much each task (row) adds to another's (column) {title(found['measure'])} on dev queries, in hundredths, "
+        f"by leaving it out of {found['steps']} steps of fine-tuning. Another seed alone moves a task by {100 * noise:.1f} on average."
+    )
+    draw = partial(
+        plots.heat, rows=found["tasks"], columns=judged, values=values, label="Influence of each task on each other"
+    )
+    return "<h3>What each task does to the others</h3>" + figure(caption, draw, "influence")
 
 
 def training(facts: RunFacts) -> str:
@@ -85,6 +106,7 @@ def training(facts: RunFacts) -> str:
     parts = []
     if runs:
         order = sorted(runs, key=lambda m: (m != BASELINE, list(facts.evals).index(m) if m in facts.evals else 99))
+        order = order[:CURVES]
         draw = partial(
             plots.curves,
             series={m: runs[m] for m in order},
@@ -159,6 +181,11 @@ def _model_table(facts: RunFacts, found: Comparisons) -> str:
 
 
 def _score_bars(facts: RunFacts) -> str:
+    """The baseline and the best few others: more bars a task than that nobody reads."""
+    ranked = sorted(
+        (m for m in facts.evals if m != BASELINE), key=lambda m: -facts.evals[m]["mean"].get(facts.measure, 0)
+    )
+    shown = {BASELINE, *ranked[:BARS]}
     tasks = [task for task in facts.tasks if any(task in result["tasks"] for result in facts.evals.values())]
     scores = {
         model: [
@@ -167,13 +194,38 @@ def _score_bars(facts: RunFacts) -> str:
             *(facts.score(model, t) for t in tasks),
         ]
         for model, result in facts.evals.items()
+        if model in shown
     }
     if BASELINE not in scores:  # the first colour is the baseline's
         scores = {BASELINE: [None] * (len(tasks) + 2), **scores}
     draw = partial(plots.grouped_bars, groups=["mean", "worst", *tasks], scores=scores, label=title(facts.measure))
+    which = f" The best {BARS} of {len(ranked)} mixtures and {BASELINE}." if len(ranked) > BARS else ""
     return figure(
-        f"{title(facts.measure)} on the held-out tests; tasks by learned weight, the largest first.", draw, "scores"
+        f"{title(facts.measure)} on the held-out tests; tasks by learned weight, the largest first.{which}",
+        draw,
+        "scores",
     )
+
+
+def _differences_map(facts: RunFacts) -> str:
+    """Every mixture on every task, where there are more than the bars show."""
+    models = [m for m in facts.evals if m != BASELINE]
+    if len(models) <= BARS or BASELINE not in facts.evals:
+        return ""
+    tasks = [task for task in facts.tasks if task in facts.evals[BASELINE]["tasks"]]
+    values = [[_gain(facts, model, task) for model in models] for task in tasks]
+    draw = partial(
+        plots.heat, rows=tasks, columns=models, values=values, label="Differences of every mixture on every task"
+    )
+    caption = (
+        f"{title(facts.measure)} of every mixture less that of {BASELINE}, in hundredths: blue better, orange worse."
+    )
+    return figure(caption, draw, "map")
+
+
+def _gain(facts: RunFacts, model: str, task: str) -> float | None:
+    ours, theirs = facts.score(model, task), facts.score(BASELINE, task)
+    return None if ours is None or theirs is None else ours - theirs
 
 
 def _task_table(facts: RunFacts, found: Comparisons) -> str:
@@ -270,7 +322,7 @@ def _weight_files(facts: RunFacts) -> str:
         cells = [esc(name), f"{len(positive)}", number(effective_tasks(positive.values()), ".1f")]
         even = max(positive.values()) - min(positive.values()) < 1e-6
         cells += [number(kept, ".0%"), share(positive[top]) + below("each task" if even else top)]
-        rows.append(([*cells, "yes" if name in facts.evals else "no"], ""))
+        rows.append(([*cells, "yes" if name.removesuffix(".current") in facts.evals else "no"], ""))
     head = ["Weight file", "Tasks kept", "Effective tasks", "Rows kept", "Largest weight", "Evaluated"]
     return "<h3>Mixtures and data kept</h3>" + table([esc(h) for h in head], rows)
 

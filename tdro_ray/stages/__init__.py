@@ -4,7 +4,8 @@ Functions take the run and return the stage's manifest; heavy rooms are imported
 is up to date ends at once.
 """
 
-from tdro_ray.stages.data import collections, ingest, mine, task_names
+from tdro_ray.stages import rivals
+from tdro_ray.stages.data import collections, ingest, mine, negatives_key, task_names
 from tdro_ray.stages.results import best_model, evaluate, index, index_folder, tests_of
 from tdro_ray.stages.rivals import COMPARED, RIVALS, mixture_of, mixtures
 from tdro_ray.stages.seeds import seeds
@@ -51,9 +52,11 @@ __all__ = [
     "model",
     "model_folders",
     "model_key",
+    "negatives_key",
     "optimize",
     "proxy_base",
     "reference",
+    "rivals",
     "score",
     "score_for",
     "scores_folder",

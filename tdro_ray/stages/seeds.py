@@ -89,15 +89,16 @@ def at_once(scale: ScaleSettings, resources: dict[str, float]) -> int:
 
 def _run_all(run: Run, others: list[int], progress: Progress) -> None:
     """Run every seed to its end. Raises TdroError with the first failed seed's message when all have ended."""
-    import ray
+    from tdro_ray.data.ray_data import cluster
 
-    concurrent = at_once(run.recipe.scale, dict(ray.cluster_resources()))
+    resources, address = cluster()
+    concurrent = at_once(run.recipe.scale, resources)
     waiting, running, failed = list(others), dict[int, subprocess.Popen[bytes]](), list[int]()
     try:
         while waiting or running:
             while waiting and len(running) < concurrent:
                 seed = waiting.pop(0)
-                running[seed] = _start(run, seed, ray.get_runtime_context().gcs_address, concurrent)
+                running[seed] = _start(run, seed, address, concurrent)
             time.sleep(INTERVAL)
             failed += [seed for seed, process in running.items() if process.poll() not in (None, 0)]
             running = {seed: process for seed, process in running.items() if process.poll() is None}

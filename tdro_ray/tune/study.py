@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from tdro_ray import stages
@@ -46,14 +47,29 @@ def prepare(run: Run) -> str:
 
 def make_study(run: Run, key: str) -> Study:
     """Return what all trials share. Opens the store."""
+    optimize, _ = short_settings(run.recipe)
+    batches, proxy = stages.stage1_batches(run, optimize), stages.proxy_base(run, optimize)
+    return replace(bare_study(run, "tune", key), batches=batches, proxy=proxy)
+
+
+def bare_study(run: Run, stage: str, key: str = "") -> Study:
+    """Return what short fine-tunings share, without reference scores; its key covers all that decides their results."""
     recipe = run.recipe
     optimize, finetune = short_settings(recipe)
+    batches = stages.batch_recipe(run, optimize, None, "stratified")
+    tests = {c.name: c.manifest.tests_hash for c in stages.collections(run)}
+    key = key or key_of(
+        stage,
+        finetune.model_dump(mode="json"),
+        [stages.model_key(run), stages.negatives_key(run), recipe.seed, recipe.evaluate.ndcg_at],
+        tests,
+    )
     return Study(
         key=key,
-        folder=run.path("tune") / "trials",
-        tasks=stages.train_job(run, "tune", key, optimize).tasks,
-        batches=stages.stage1_batches(run, optimize),
-        proxy=stages.proxy_base(run, optimize),
+        folder=run.path(stage) / "trials",
+        tasks=stages.train_job(run, stage, key, optimize).tasks,
+        batches=batches,
+        proxy=batches.model,
         optimize=optimize,
         finetune=finetune,
         model=recipe.model,

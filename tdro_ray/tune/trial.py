@@ -163,6 +163,13 @@ def confirm_trial(study: Study, setting: Setting, seed: int) -> float:
     return float(found["mean"])
 
 
+def fine_tuned(study: Study, alpha: list[float], folder: Path) -> dict[str, float]:
+    """Return nDCG per task on the dev queries after one fine-tuning with the weights, evaluated at its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = _finetune(replace(study, evaluations=1), alpha, folder, lambda metrics: None)
+    return dict(found["evaluations"][-1]["tasks"])
+
+
 def _finetune(
     study: Study, alpha: list[float], folder: Path, report: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def test_every_setting_is_frozen_and_closed(model):
         ("optimize.measure=ratoi", r"optimize\.measure: .*'ratio'.*got 'ratoi'"),
         ("optimize.num_negatives=0", "stage 1 has no in-batch negatives"),
         ("mine.last_rank=1", "last_rank must not be below"),
-        ("scale.num_workers=0", r"scale\.num_workers: "),
+        ("scale.num_workers=-1", r"scale\.num_workers: "),
         ("serve.port=70000", r"serve\.port: "),
         ("seed", "takes key=value.*got 'seed'"),
         ("=3", "takes key=value"),

@@ -21,7 +21,7 @@ MAY_IMPORT = {  # room -> rooms of tdro_ray that it may import, itself aside
     "model": {*BASE, "retrieval"},
     "data": {*BASE, "retrieval", "model"},
     "index": {*BASE, "retrieval", "model", "data"},
-    "evaluate": {*BASE, "retrieval", "model", "data"},
+    "evaluate": {*BASE, "dro", "retrieval", "model", "data"},
     "train": {*BASE, "dro", "retrieval", "model", "data"},
     "report": {*BASE, "dro", "evaluate"},
     "pipeline": {"config", "errors"},  # knows no stage's inside
