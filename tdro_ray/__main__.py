@@ -41,10 +41,16 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--model", help="a model folder instead of the run's best")
     serve.add_argument("--index", help="an index folder instead of the run's")
     export = _with_recipe(
-        commands.add_parser("export", help="write a trained model for Hugging Face and sentence-transformers")
+        commands.add_parser("export", help="write a trained model for Hugging Face, peft or onnxruntime")
     )
     export.add_argument("--model", default="", help="name of the trained model (default: the best)")
     export.add_argument("--to", required=True, metavar="FOLDER", help="folder to write")
+    export.add_argument(
+        "--format",
+        choices=("hf", "lora", "onnx"),
+        default="hf",
+        help="merged Hugging Face and sentence-transformers folder, LoRA adapter alone, or ONNX for a CPU (default: hf)",
+    )
     submit = commands.add_parser("submit", help="run a tdro command as a Ray job and follow its log")
     submit.add_argument(
         "--address",

@@ -117,13 +117,16 @@ def _tune(run: Run, arguments: argparse.Namespace) -> None:
 
 def _export(run: Run, arguments: argparse.Namespace) -> None:
     from tdro_ray import stages
+    from tdro_ray.index.versions import model_hash
     from tdro_ray.model.export import export
 
     folders = stages.model_folders(run)
     name = arguments.model or stages.best_model(run)
     if name not in folders:
         raise ConfigError(f"No trained model {name!r} in {run.folder}. Trained: {', '.join(folders) or 'none'}.")
-    print(export(folders[name][1], Path(arguments.to), run.folder, name))
+    folder = folders[name][1]
+    source = model_hash(folder) if arguments.format == "onnx" else ""  # lets it serve the index of the original
+    print(export(folder, Path(arguments.to), run.folder, name, arguments.format, source))
 
 
 def _serve(run: Run, arguments: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from tdro_ray.errors import ConfigError, nearest
 RECIPES = Path(__file__).parent / "recipes"
 Measure = Literal["ratio", "official", "excess", "plain", "log_ratio"]
 Backend = Literal["ddp"]
+ExportFormat = Literal["hf", "lora", "onnx"]
 
 
 class Settings(BaseModel):
