@@ -281,6 +281,7 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
         raise ConfigError(f"Recipe file {path} is not valid YAML: {err}") from err
     if not isinstance(raw, dict):
         raise ConfigError(f"Recipe file {path} must hold a mapping, it holds {type(raw).__name__}.")
+    raw = _unshared(raw)
     raw.setdefault("name", path.stem)
     for item in overrides:
         _apply(raw, item)
@@ -288,6 +289,13 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as err:
         raise ConfigError(_explain(err, path)) from err
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which YAML aliases are mappings of their own: setting `finetune.steps` must not set `reference.steps`."""
+    if isinstance(value, dict):
+        return {key: _unshared(part) for key, part in value.items()}
+    return [_unshared(part) for part in value] if isinstance(value, list) else value
 
 
 def _apply(raw: dict[str, Any], item: str) -> None:

@@ -26,6 +26,12 @@ def test_defaults_are_overridden_by_the_recipe_and_that_by_set(recipe_file):
     assert found.model.lora is not None and found.model.lora.r == 4 and found.model.lora.alpha == 32
 
 
+def test_a_set_changes_one_stage_even_where_the_file_shares_settings():
+    for recipe in recipe_names():
+        before, after = load_recipe(recipe), load_recipe(recipe, ("finetune.steps=7",))
+        assert after.finetune.steps == 7 and (after.reference, after.optimize) == (before.reference, before.optimize)
+
+
 def test_the_name_is_the_files_unless_it_says_so(recipe_file, tmp_path):
     assert load_recipe(str(recipe_file)).name == "mine"
     assert load_recipe(str(recipe_file), ("name=other",)).name == "other"
