@@ -34,6 +34,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--no-serve", action="store_true", help="leave out the last step, the HTTP service and its sample queries"
     )
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only show stages, rows, tokens, memory, disk and time; nothing is started or written",
+    )
     for name, text in STAGES.items():
         _with_recipe(commands.add_parser(name, help=text))
     _with_recipe(commands.add_parser("tune", help="search DRO learning rate, temperature and measure with Ray Tune"))

@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         return submit(arguments.arguments, arguments.address, follow=not arguments.detach)
     recipe = load_recipe(arguments.recipe, tuple(arguments.overrides))
+    if getattr(arguments, "dry_run", False):
+        return _dry_run(recipe, arguments)
     run = Run(recipe, display(), lambda: _connect(recipe))
     run.open()
     _quiet_libraries()
@@ -74,6 +76,14 @@ def _whole_run(run: Run, arguments: argparse.Namespace) -> None:
         _sample_searches(run)
     _report(run)
     _closing(run, arguments, time.monotonic() - began)
+
+
+def _dry_run(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from tdro_ray.dryrun import Look, dry_run
+
+    sampled = {} if arguments.no_serve or not recipe.serve.queries else {"serve": _sample_searches}
+    print(dry_run(Look(recipe, display()), sampled))
+    return 0
 
 
 def _finetune(run: Run) -> None:

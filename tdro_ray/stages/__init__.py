@@ -6,7 +6,16 @@ is up to date ends at once.
 
 from tdro_ray.stages.data import collections, ingest, mine, task_names
 from tdro_ray.stages.results import best_model, evaluate, index, index_folder, tests_of
-from tdro_ray.stages.training import BASELINE, base_folder, batch_recipe, model, model_key, reference, train_job
+from tdro_ray.stages.training import (
+    BASELINE,
+    base_folder,
+    batch_recipe,
+    contrastive,
+    model,
+    model_key,
+    reference,
+    train_job,
+)
 from tdro_ray.stages.weights import finetune, model_folders, optimize, score, scores_folder, weights_of
 
 __all__ = [
@@ -15,6 +24,7 @@ __all__ = [
     "batch_recipe",
     "best_model",
     "collections",
+    "contrastive",
     "evaluate",
     "finetune",
     "index",
