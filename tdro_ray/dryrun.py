@@ -60,7 +60,7 @@ def dry_run(run: Look, last: Mapping[str, Callable[[Any], Any]] | None = None) -
 def training_settings(run: Run) -> dict[str, TrainSettings]:
     """Settings of every stage that trains, and of `score`, which draws what stage 1 draws."""
     recipe = run.recipe
-    tuned = {f"finetune-{name}": recipe.finetune for name in compared(run)}
+    tuned = {f"finetune-{stages.model_name(name)}": recipe.finetune for name in compared(run)}
     return {"reference": recipe.reference, "score": recipe.optimize, "optimize": recipe.optimize, **tuned}
 
 
@@ -124,17 +124,19 @@ def _metrics(run: Run, stage: str) -> list[dict[str, Any]]:
 
 def _training(run: Look, name: str, settings: TrainSettings, shapes: ModelShapes | None) -> Training:
     tokens, how = _tokens(run, name, settings)
-    forward_only = 3.0 if name == "score" else 1.0  # a forward is a third of a step
     others = [name, *(other for other in training_settings(run) if other != name)]
     rates = next((found for other in others if (found := [r["tokens_per_s"] for r in _metrics(run, other)])), [])
     if rates:
-        return Training(settings, tokens, how, tokens / median(rates) / forward_only, MEASURED)
+        share = 1 / 3 if name == "score" else 1.0  # a forward is about a third of a step
+        return Training(settings, tokens, how, share * tokens / median(rates), MEASURED)
     if shapes is None:
         return Training(settings, tokens, how, None, "")
     model, scale = run.recipe.model, run.recipe.scale
     per_s = scale.num_workers * (GPU_FLOPS[model.dtype] if scale.use_gpu else CPU_FLOPS)
     per_token = estimate_flops(shapes, settings, model, tokens / settings.steps / scale.num_workers)
-    return Training(settings, tokens, how, tokens * per_token / per_s / forward_only, ASSUMED)
+    if name == "score":
+        per_token = 2.0 * shapes.body
+    return Training(settings, tokens, how, tokens * per_token / per_s, ASSUMED)
 
 
 def estimate_flops(shapes: ModelShapes, settings: TrainSettings, model: ModelSettings, tokens: float) -> float:

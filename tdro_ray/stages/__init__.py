@@ -16,7 +16,7 @@ from tdro_ray.stages.training import (
     reference,
     train_job,
 )
-from tdro_ray.stages.weights import finetune, model_folders, optimize, score, scores_folder, weights_of
+from tdro_ray.stages.weights import finetune, model_folders, model_name, optimize, score, scores_folder, weights_of
 
 __all__ = [
     "BASELINE",
@@ -34,6 +34,7 @@ __all__ = [
     "model",
     "model_folders",
     "model_key",
+    "model_name",
     "optimize",
     "reference",
     "score",

@@ -41,11 +41,12 @@ def look(run: Look, last: Mapping[str, Callable[[Any], Any]]) -> None:
     run.see("reference", stages.reference, "mine", "model")
     run.see("score", stages.score, "reference")
     run.see("optimize", stages.optimize, "score")
-    for name in compared(run):
+    tuned = {f"finetune-{stages.model_name(name)}": name for name in compared(run)}
+    for stage, name in tuned.items():
         learned = name != "proportional" and not name.endswith(".json")
         needs = ("optimize",) if learned else ("mine", "model")
-        run.see(f"finetune-{name}", lambda look, name=name: _finetune(look, name), *needs)
-    run.see("evaluate", stages.evaluate, "reference", *(f"finetune-{name}" for name in compared(run)))
+        run.see(stage, lambda look, name=name: _finetune(look, name), *needs)
+    run.see("evaluate", stages.evaluate, "reference", *tuned)
     run.see("index", stages.index, "evaluate")
     before = "index"
     for name, call in last.items():
@@ -54,6 +55,7 @@ def look(run: Look, last: Mapping[str, Callable[[Any], Any]]) -> None:
 
 
 def compared(run: Run) -> list[str]:
+    """Weights that stage 2 runs with; the uniform ones are the reference's."""
     names = dict.fromkeys((*run.recipe.weights, *run.recipe.compare))
     return [name for name in names if name != stages.BASELINE]
 

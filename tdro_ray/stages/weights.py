@@ -133,7 +133,8 @@ def finetune(run: Run, name: str) -> dict[str, Any]:
     """Stage 2 with the weights called `name`: a learned file, or `proportional`."""
     weights = weights_of(run, name)
     ordered = [weights.get(task, 0.0) for task in task_names(run)]
-    return contrastive(run, f"finetune-{name}", run.recipe.finetune, ordered, {"weights": name}, f"{name} weights")
+    stage = f"finetune-{model_name(name)}"
+    return contrastive(run, stage, run.recipe.finetune, ordered, {"weights": name}, f"{name} weights")
 
 
 def weights_of(run: Run, name: str) -> dict[str, float]:
@@ -159,7 +160,7 @@ def model_folders(run: Run) -> dict[str, tuple[str, Path]]:
     """Trained models: name -> (key, model folder); the baseline first."""
     stages = {
         BASELINE: "reference",
-        **{_model_name(n): f"finetune-{_model_name(n)}" for n in (*run.recipe.weights, *run.recipe.compare)},
+        **{model_name(n): f"finetune-{model_name(n)}" for n in (*run.recipe.weights, *run.recipe.compare)},
     }
     out = {}
     for name, stage in stages.items():
@@ -169,5 +170,6 @@ def model_folders(run: Run) -> dict[str, tuple[str, Path]]:
     return out
 
 
-def _model_name(weights: str) -> str:
+def model_name(weights: str) -> str:
+    """Name of the model that is trained with these weights: a file's without its ending."""
     return Path(weights).stem if weights.endswith(".json") else weights
