@@ -124,6 +124,7 @@ class TrainSettings(Settings):
     token_budget: int = Field(16384, ge=16)  # padded tokens per forward; larger batches run in chunks
     checkpoint_every: int = Field(100, ge=1)  # steps
     log_every: int = Field(10, ge=1)  # steps
+    skip_nonfinite: int = Field(0, ge=0)  # steps without an update, because their loss was NaN or infinite, at most
 
 
 class OptimizeSettings(TrainSettings):

@@ -27,6 +27,7 @@ from tdro_ray.train import checkpoint
 from tdro_ray.train.backends import BACKENDS, Backend
 from tdro_ray.train.comm import sum_
 from tdro_ray.train.context import TrainContext
+from tdro_ray.train.nonfinite import NonFiniteLoss, Skips
 from tdro_ray.train.step import StepResult, TaskSettings, contrastive_step, dro_step
 
 
@@ -67,19 +68,26 @@ def _train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
     trajectory: list[tuple[int, list[float], list[float]]] = []
     start = _restore(job, found, backend, weights, trajectory)
     log = _Log(job.out, context, start, settings)
+    skips = Skips(job.out, context, settings, start)
 
     for batch in log.timed(batches):
         _check_order(batch, start, context)
         torch.manual_seed(_step_seed(job.seed, batch.step, context.rank))  # dropout goes on exactly after a restart
-        if isinstance(settings, OptimizeSettings):
-            assert weights is not None
-            weights.eta = eta_at(batch.step, settings.steps, settings.eta, settings.eta_schedule, settings.hold)
-            result = dro_step(backend, weights, batch, settings, job.tasks, retriever.spec.pad_token_id, device)
-            trajectory.append((batch.step, result.detail["alpha"], result.detail["signal"]))
-        else:
-            result = contrastive_step(backend, batch, settings, job.tasks, retriever.spec.pad_token_id, device)
+        result: StepResult | None = None  # stays so where the step is skipped
+        try:
+            if isinstance(settings, OptimizeSettings):
+                assert weights is not None
+                weights.eta = eta_at(batch.step, settings.steps, settings.eta, settings.eta_schedule, settings.hold)
+                result = dro_step(backend, weights, batch, settings, job.tasks, retriever.spec.pad_token_id, device)
+                trajectory.append((batch.step, result.detail["alpha"], result.detail["signal"]))
+            else:
+                result = contrastive_step(backend, batch, settings, job.tasks, retriever.spec.pad_token_id, device)
+        except NonFiniteLoss as err:
+            skips.skip(batch, err, job.tasks.names)
+            if weights is not None:
+                trajectory.append((batch.step, weights.alpha_G.tolist(), [0.0] * len(job.tasks.names)))
         rate = learning_rate(batch.step, settings)
-        norm = backend.update(rate)
+        norm = backend.update(rate) if result else 0.0
         start = batch.step + 1
         log.step(batch, result, rate, norm)
         if start % settings.checkpoint_every == 0 or start == settings.steps:
@@ -194,6 +202,7 @@ class _Log:
     def __init__(self, out: Path, context: TrainContext, start: int, settings: TrainSettings) -> None:
         self.path, self.context, self.settings = out / "metrics.jsonl", context, settings
         self.last_loss, self._losses = math.nan, []
+        self._steps, self._skipped = 0, []
         self._wait = self._total_wait = 0.0
         self._tokens = self._total_tokens = 0
         self._began = self._mark = time.perf_counter()
@@ -217,9 +226,13 @@ class _Log:
                 self._wait += time.perf_counter() - before
             yield batch
 
-    def step(self, batch: Batch, result: StepResult, rate: float, norm: float) -> None:
-        self.last_loss = result.loss
-        self._losses.append(result.loss)
+    def step(self, batch: Batch, result: StepResult | None, rate: float, norm: float) -> None:
+        self._steps += 1
+        if result is None:
+            self._skipped.append(batch.step)
+        else:
+            self.last_loss = result.loss
+            self._losses.append(result.loss)
         self._tokens += int(batch.length_S.sum())
         done = batch.step + 1
         if done % self.settings.log_every and done != self.settings.steps:
@@ -229,14 +242,15 @@ class _Log:
         seconds = max(1e-9, now - self._mark)
         record = {
             "step": done,
-            "loss": sum(self._losses) / len(self._losses),
+            "loss": sum(self._losses) / len(self._losses) if self._losses else self.last_loss,
             "lr": rate,
             "grad_norm": norm,
             "tokens_per_s": tokens / seconds,
-            "data_wait_s": self._wait / len(self._losses),
-            "step_s": seconds / len(self._losses),
+            "data_wait_s": self._wait / self._steps,
+            "step_s": seconds / self._steps,
             "peak_memory_mb": _peak_memory_mb(self.context.device),
-            **result.detail,
+            **({"skipped": self._skipped} if self._skipped else {}),
+            **(result.detail if result else {}),
         }
         if self.context.rank == 0:
             with self.path.open("a", encoding="utf-8") as file:
@@ -244,6 +258,7 @@ class _Log:
         self._total_wait += self._wait
         self._total_tokens += tokens
         self._wait, self._tokens, self._losses, self._mark = 0.0, 0, [], now
+        self._steps, self._skipped = 0, []
 
     def mean_rate(self) -> float:
         return self._total_tokens / max(1e-9, self._mark - self._began)

@@ -17,13 +17,13 @@ from tdro_ray.config import OptimizeSettings, TrainSettings
 from tdro_ray.data.collate import Batch
 from tdro_ray.dro.measures import signal, task_counts, task_means
 from tdro_ray.dro.weights import TaskWeights, row_weights
-from tdro_ray.errors import TdroError
 from tdro_ray.model.encoder import to_tensors
 from tdro_ray.retrieval.chunks import length_chunks
 from tdro_ray.retrieval.contrastive import global_batch_loss, own_passages_loss
 from tdro_ray.retrieval.grad_cache import CachedForward, plan_chunks
 from tdro_ray.train.backends import Backend
 from tdro_ray.train.comm import gather_rows, gather_sizes, largest, sum_, world
+from tdro_ray.train.nonfinite import check_finite
 
 ROW_BLOCK = 512  # rows of the loss matrix held at a time
 
@@ -61,7 +61,7 @@ def contrastive_step(
     else:
         loss_B, gradient_SD = _own_passages(query_BD, passage_XD, batch, temperature)
     totals = sum_(torch.stack([loss_B.sum(), torch.tensor(float(num_local), dtype=loss_B.dtype, device=device)]))
-    _check_finite(totals[0], batch, tasks)
+    check_finite(totals[0], rep_SD, batch, tasks.names)
     cached.backward(gradient_SD / totals[1])
     return StepResult(float(totals[0] / totals[1]), int(totals[1]), {"task": tasks.names[task]})
 
@@ -97,7 +97,7 @@ def dro_step(
     packed_B3 = torch.stack([loss_B.detach().double(), reference_B.double(), task_B.double()], dim=1)
     loss_N, reference_N, task_N = gather_rows(packed_B3).cpu().unbind(1)
     task_N = task_N.long()
-    _check_finite(loss_N.sum() + reference_N.sum(), batch, tasks)
+    check_finite(loss_N.sum() + reference_N.sum(), rep_SD, batch, tasks.names)
     num_tasks = len(tasks.names)
     options = settings.measure_options
     signal_G = signal(
@@ -179,12 +179,3 @@ def _own_passages(query_BD: Tensor, passage_XD: Tensor, batch: Batch, temperatur
 def _temperatures(batch: Batch, default: float, tasks: TaskSettings, device: torch.device) -> Tensor:
     tau_G = torch.tensor([t or default for t in tasks.temperatures], dtype=torch.float32)
     return tau_G[torch.from_numpy(batch.task_B)].to(device)
-
-
-def _check_finite(total: Tensor, batch: Batch, tasks: TaskSettings) -> None:
-    if not torch.isfinite(total):
-        rows = ", ".join(f"{tasks.names[t]}:{r}" for t, r in zip(batch.task_B[:8], batch.row_B[:8], strict=True))
-        raise TdroError(
-            f"The loss is not finite at step {batch.step}. This worker's rows (task:row): {rows}, … "
-            "Lower the learning rate or raise the temperature; the last checkpoint is kept."
-        )
