@@ -184,6 +184,14 @@ class ServeSettings(Settings):
     k: int = Field(3, ge=1)  # hits printed for each
 
 
+class LoggingSettings(Settings):
+    """Dashboards that training metrics go to besides `metrics.jsonl`, at every `log_every`-th step."""
+
+    tensorboard: bool = True  # event files under <run folder>/tensorboard/<stage>, where tensorboard is installed
+    wandb: str = ""  # project of Weights & Biases; "" sends nothing
+    mlflow: str = ""  # experiment of MLflow, on the server of MLFLOW_TRACKING_URI; "" sends nothing
+
+
 class TuneSettings(Settings):
     """Search over stage 1. A trial: stage 1, a short fine-tuning with its weights, nDCG on the dev queries."""
 
@@ -243,6 +251,7 @@ class Recipe(Settings):
     index: IndexSettings = IndexSettings()
     serve: ServeSettings = ServeSettings()
     tune: TuneSettings = TuneSettings()
+    logging: LoggingSettings = LoggingSettings()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:

@@ -73,6 +73,7 @@ def _tokenizer_texts(tasks: list[Collection]) -> Iterator[str]:
 
 def train_job(run: Run, stage: str, key: str, settings: TrainSettings) -> Any:
     from tdro_ray.train.loop import TrainJob
+    from tdro_ray.train.sinks import LogTo, check_installed
     from tdro_ray.train.step import TaskSettings
 
     found = collections(run)
@@ -83,8 +84,11 @@ def train_job(run: Run, stage: str, key: str, settings: TrainSettings) -> Any:
         in_batch=tuple(c.manifest.info.in_batch for c in found),
     )
     recipe = run.recipe
+    check_installed(recipe.logging)
+    shown = {**settings.model_dump(mode="json"), "model": recipe.model.name, "seed": recipe.seed}
+    log_to = LogTo(recipe.logging, recipe.name, stage, key, run.folder, shown)
     return TrainJob(
-        key, base_folder(run), run.path(stage), settings, recipe.model, tasks, recipe.seed, recipe.scale.backend
+        key, base_folder(run), run.path(stage), settings, recipe.model, tasks, recipe.seed, recipe.scale.backend, log_to
     )
 
 

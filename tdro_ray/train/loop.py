@@ -11,7 +11,8 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tdro_ray.train.backends import BACKENDS, Backend
 from tdro_ray.train.comm import sum_
 from tdro_ray.train.context import TrainContext
 from tdro_ray.train.nonfinite import NonFiniteLoss, Skips
+from tdro_ray.train.sinks import LogTo, Sinks
 from tdro_ray.train.step import StepResult, TaskSettings, contrastive_step, dro_step
 
 
@@ -43,18 +45,20 @@ class TrainJob:
     tasks: TaskSettings
     seed: int
     backend: str = "ddp"
+    log_to: LogTo = field(default_factory=LogTo)  # dashboards
 
 
 def train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
     """Run the job to its end, from its newest checkpoint on, and return a summary (equal on all workers)."""
     torch.set_flush_denormal(True)  # softmax at small temperatures makes denormals, which CPUs crawl through
     try:
-        return _train(job, context)
+        with ExitStack() as closing:
+            return _train(job, context, closing)
     finally:
         torch.set_flush_denormal(False)
 
 
-def _train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
+def _train(job: TrainJob, context: TrainContext, closing: ExitStack) -> dict[str, Any]:
     settings, device = job.settings, context.device
     found = context.latest_checkpoint()
     done = checkpoint.steps_done(found, job.key) if found else 0
@@ -67,7 +71,8 @@ def _train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
     weights = _task_weights(settings, len(job.tasks.names))
     trajectory: list[tuple[int, list[float], list[float]]] = []
     start = _restore(job, found, backend, weights, trajectory)
-    log = _Log(job.out, context, start, settings)
+    log = _Log(job, context, start)
+    closing.callback(log.sinks.close)
     skips = Skips(job.out, context, settings, start)
 
     for batch in log.timed(batches):
@@ -199,15 +204,16 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 class _Log:
     """Times, rates and losses of the steps; rank 0 writes every `log_every`-th into `metrics.jsonl`."""
 
-    def __init__(self, out: Path, context: TrainContext, start: int, settings: TrainSettings) -> None:
-        self.path, self.context, self.settings = out / "metrics.jsonl", context, settings
+    def __init__(self, job: TrainJob, context: TrainContext, start: int) -> None:
+        self.path, self.context, self.settings = job.out / "metrics.jsonl", context, job.settings
+        self.sinks = Sinks(job.log_to if context.rank == 0 else LogTo(), start, job.tasks.names)
         self.last_loss, self._losses = math.nan, []
         self._steps, self._skipped = 0, []
         self._wait = self._total_wait = 0.0
         self._tokens = self._total_tokens = 0
         self._began = self._mark = time.perf_counter()
         if context.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
+            job.out.mkdir(parents=True, exist_ok=True)
             kept = [ln for ln in _lines(self.path) if json.loads(ln)["step"] <= start]
             self.path.write_text("".join(kept), encoding="utf-8")
 
@@ -255,6 +261,7 @@ class _Log:
         if self.context.rank == 0:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+            self.sinks.write(record)
         self._total_wait += self._wait
         self._total_tokens += tokens
         self._wait, self._tokens, self._losses, self._mark = 0.0, 0, [], now
