@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import csv
 import json
 import logging
@@ -141,6 +142,18 @@ def test_a_graph_gives_the_vectors_of_torch_whatever_the_batch(tmp_path: Path, m
     assert model_hash(out) == model_hash(model)  # it may serve the index of the original
     with pytest.raises(ConfigError, match="runs on the CPU; 'cuda' was asked for"):
         load_encoder(out, "cuda")
+    served = asyncio.run(embed_served(out))
+    assert cosines(served, ours.encode(TEXTS, "passage")).min() >= 0.9999
+
+
+async def embed_served(folder: Path) -> np.ndarray:
+    from serve.engine import Engine
+
+    engine = Engine.open(folder)
+    try:
+        return (await engine.embed(TEXTS, "passage"))[0]
+    finally:
+        engine.close()
 
 
 def test_the_card_of_a_graph_shows_code_that_runs(tmp_path: Path) -> None:
