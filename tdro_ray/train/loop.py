@@ -28,7 +28,7 @@ from tdro_ray.train import checkpoint
 from tdro_ray.train.backends import BACKENDS, Backend
 from tdro_ray.train.comm import sum_
 from tdro_ray.train.context import TrainContext
-from tdro_ray.train.nonfinite import NonFiniteLoss, Skips
+from tdro_ray.train.nonfinite import NonFiniteGradient, NonFiniteLoss, Skips
 from tdro_ray.train.sinks import LogTo, Sinks
 from tdro_ray.train.step import StepResult, TaskSettings, contrastive_step, dro_step
 
@@ -93,6 +93,8 @@ def _train(job: TrainJob, context: TrainContext, closing: ExitStack) -> dict[str
                 trajectory.append((batch.step, weights.alpha_G.tolist(), [0.0] * len(job.tasks.names)))
         rate = learning_rate(batch.step, settings)
         norm = backend.update(rate) if result else 0.0
+        if not math.isfinite(norm):
+            skips.skip(batch, NonFiniteGradient(batch), job.tasks.names)
         start = batch.step + 1
         log.step(batch, result, rate, norm)
         if start % settings.checkpoint_every == 0 or start == settings.steps:

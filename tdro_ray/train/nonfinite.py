@@ -24,9 +24,20 @@ FILE = "nonfinite.json"
 class NonFiniteLoss(TdroError):
     """Raised by a step on all workers alike, before any gradient reaches a parameter and before alpha moves."""
 
+    what = "loss"
+
     def __init__(self, message: str, suspect_B: Tensor) -> None:
         super().__init__(message)
         self.suspect_B = suspect_B  # rows of this worker whose own vectors or reference similarities are not finite
+
+
+class NonFiniteGradient(NonFiniteLoss):
+    """The update has been made when this is known: the step cannot be skipped, and must not be kept in a checkpoint."""
+
+    what = "gradient"
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__(f"step {batch.step}", torch.zeros(len(batch.task_B), dtype=torch.bool))
 
 
 def check_finite(total: Tensor, rep_SD: Tensor, batch: Batch, names: tuple[str, ...]) -> None:
@@ -66,7 +77,7 @@ class Skips:
     def skip(self, batch: Batch, error: NonFiniteLoss, names: tuple[str, ...]) -> None:
         """Write the step down and return when it may be skipped. Raises TdroError on all workers when it may not."""
         self.count += 1
-        skipped = self.count <= self.allowed
+        skipped = self.count <= self.allowed and type(error) is NonFiniteLoss
         device = self.context.device
         sizes = gather_sizes(len(batch.task_B), device)
         task_B, row_B = torch.from_numpy(batch.task_B), torch.from_numpy(batch.row_B)
@@ -87,14 +98,12 @@ class Skips:
         found = (
             f"{len(suspects)} rows have vectors that are not finite: {', '.join(suspects[:8])}. " if suspects else ""
         )
-        before = (
-            f"{self.allowed} steps were skipped before it, as many as skip_nonfinite allows. " if self.allowed else ""
-        )
+        before = f"{self.count - 1} steps were skipped before it. " if self.count > 1 else ""
         tasks = ", ".join(sorted({names[task] for task, _, _ in rows_N3}))
         raise TdroError(
-            f"The loss is not finite at step {batch.step} (task {tasks}). {before}{found}All {len(rows_N3)} rows are in "
+            f"The {error.what} is not finite at step {batch.step} (task {tasks}). {before}{found}All {len(rows_N3)} rows are in "
             f"{self.path}. Lower the learning rate or raise the temperature; the last checkpoint is kept. "
-            "skip_nonfinite leaves out that many such steps."
+            f"skip_nonfinite ({self.allowed} here) leaves out that many steps whose loss is not finite."
         ) from error
 
     def _write(self) -> None:

@@ -52,7 +52,16 @@ def batch_at(step: int, dro: bool, bad: tuple[int, ...]) -> Any:
     return batch
 
 
-def run(folder: Path, base: Path, rank: int, world: int, dro: bool, bad: tuple[int, ...], allowed: int) -> Any:
+def run(
+    folder: Path,
+    base: Path,
+    rank: int,
+    world: int,
+    dro: bool,
+    bad: tuple[int, ...],
+    allowed: int,
+    gradient: bool = False,
+) -> Any:
     """Return (states of the checkpoints, message of the error) of a run."""
     kind = OptimizeSettings if dro else TrainSettings
     settings = kind(
@@ -62,7 +71,11 @@ def run(folder: Path, base: Path, rank: int, world: int, dro: bool, bad: tuple[i
     real = Retriever.forward
 
     def poisoned(self: Retriever, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-        return torch.where((ids_BT[:, :1] == POISON), torch.nan, real(self, ids_BT, mask_BT))
+        out_BD = real(self, ids_BT, mask_BT)
+        if gradient and (ids_BT[:, 0] == POISON).any():
+            out_BD.register_hook(lambda grad: grad * torch.nan)
+            return out_BD
+        return torch.where((ids_BT[:, :1] == POISON), torch.nan, out_BD)
 
     Retriever.forward = poisoned  # type: ignore[method-assign]
     try:
@@ -160,3 +173,11 @@ def test_a_resumed_run_counts_the_steps_that_were_skipped_before(base: Path, tmp
     states, error = run(tmp_path, base, 0, 1, False, (1,), 1)  # mended: it goes on, and what is past stays written
     assert error == "" and len(states) == 2
     assert [s["step"] for s in json.loads((tmp_path / "out" / "nonfinite.json").read_text())["steps"]] == [1]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_is_in_no_checkpoint(base: Path, tmp_path: Path) -> None:
+    states, error = run(tmp_path, base, 0, 1, False, (2,), 3, gradient=True)
+    assert "The gradient is not finite at step 2 (task c)" in error and len(states) == 2
+    assert all(torch.isfinite(p).all() for p in states[-1]["parameters"].values())
+    written = json.loads((tmp_path / "out" / "nonfinite.json").read_text())["steps"]
+    assert [(s["step"], s["skipped"], len(s["rows"])) for s in written] == [(2, False, ROWS)]
