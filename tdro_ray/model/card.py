@@ -50,10 +50,10 @@ def write_card(folder: Path, spec: RetrieverSpec, run_folder: Path, name: str, f
         _training(config, _read(run_folder / "weights" / f"{name}.json").get("meta", {}), name, format),
         _software(_read(run_folder / "versions.json")),
         _results(run_folder, name),
-        _limits(spec, config, tasks),
+        _limits(spec, config, tasks, format),
     ]
     body = "\n\n".join(part for part in parts if part)
-    facts = _front_matter(config, tasks, _reference(folder), format)
+    facts = _front_matter(config, tasks, format)
     (folder / "README.md").write_text(f"---\n{facts}---\n\n{body}\n", encoding="utf-8")
 
 
@@ -75,7 +75,7 @@ def _reference(folder: Path) -> str:
     return str(_read(folder / "adapter_config.json").get("base_model_name_or_path", ""))
 
 
-def _front_matter(config: dict[str, Any], tasks: dict[str, Any], reference: str, format: ExportFormat) -> str:
+def _front_matter(config: dict[str, Any], tasks: dict[str, Any], format: ExportFormat) -> str:
     base = str(config.get("model", {}).get("name", "tiny"))
     languages = sorted({str(info["language"]) for info in tasks.values() if info.get("language")})
     facts: dict[str, Any] = {
@@ -87,8 +87,6 @@ def _front_matter(config: dict[str, Any], tasks: dict[str, Any], reference: str,
         facts["language"] = languages
     if base != "tiny" and not Path(base).exists():
         facts["base_model"] = base
-    elif reference:
-        facts["base_model"] = reference
     return yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
 
 
@@ -255,9 +253,9 @@ def _results(run_folder: Path, name: str) -> str:
     return "## Results\n\nSearch among each task's own test passages.\n\n" + "\n".join(lines)
 
 
-def _limits(spec: RetrieverSpec, config: dict[str, Any], tasks: dict[str, Any]) -> str:
+def _limits(spec: RetrieverSpec, config: dict[str, Any], tasks: dict[str, Any], format: ExportFormat) -> str:
     lines = []
-    if spec.query_length != spec.passage_length:
+    if spec.query_length != spec.passage_length and format == "hf":
         lines.append(
             f"- Trained with queries of at most {spec.query_length} tokens and passages of at most {spec.passage_length}. "
             f"sentence-transformers knows one maximum, `max_seq_length` {spec.passage_length}: it reads longer queries than training did."
