@@ -69,12 +69,12 @@ class Engine:
     ) -> Engine:
         """Load a model folder and the current index version. Raises CheckpointError, DataError, or ConfigError for a
         model that is not the index's."""
-        from tdro_ray.model.encoder import Encoder
+        from tdro_ray.model.load import load_encoder
 
         model_folder = Path(model_folder)
         index = RetrievalIndex.open(index_folder) if index_folder else None
         return cls(
-            Encoder.load(model_folder, device),
+            load_encoder(model_folder, device),
             index,
             name=index.manifest["model"]["name"] if index else model_folder.name,
             model_hash=versions.model_hash(model_folder),

@@ -35,6 +35,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--no-serve", action="store_true", help="leave out the last step, the HTTP service and its sample queries"
     )
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only show stages, rows, tokens, memory, disk and time; nothing is started or written",
+    )
     run.add_argument("--until", choices=[*UNTIL], metavar="STAGE", help=f"end after this stage: {', '.join(UNTIL)}")
     compare = _with_recipe(
         commands.add_parser(
@@ -55,10 +60,16 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--model", help="a model folder instead of the run's best")
     serve.add_argument("--index", help="an index folder instead of the run's")
     export = _with_recipe(
-        commands.add_parser("export", help="write a trained model for Hugging Face and sentence-transformers")
+        commands.add_parser("export", help="write a trained model for Hugging Face, peft or onnxruntime")
     )
     export.add_argument("--model", default="", help="name of the trained model (default: the best)")
     export.add_argument("--to", required=True, metavar="FOLDER", help="folder to write")
+    export.add_argument(
+        "--format",
+        choices=("hf", "lora", "onnx"),
+        default="hf",
+        help="merged Hugging Face and sentence-transformers folder, LoRA adapter alone, or ONNX for a CPU (default: hf)",
+    )
     submit = commands.add_parser("submit", help="run a tdro command as a Ray job and follow its log")
     submit.add_argument(
         "--address",

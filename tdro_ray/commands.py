@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, tuple(arguments.overrides))
     if arguments.command == "compare":
         recipe = _compared(recipe, arguments)
+    if getattr(arguments, "dry_run", False):
+        return _dry_run(recipe, arguments)
     run = Run(recipe, display(), lambda: _connect(recipe))
     run.open()
     _quiet_libraries()
@@ -86,6 +88,14 @@ def _whole_run(run: Run, arguments: argparse.Namespace) -> None:
     _report(run)
     if arguments.until is None:
         _closing(run, arguments, time.monotonic() - began)
+
+
+def _dry_run(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from tdro_ray.dryrun import Look, dry_run
+
+    sampled = {} if arguments.no_serve or not recipe.serve.queries else {"serve": _sample_searches}
+    print(dry_run(Look(recipe, display()), sampled))
+    return 0
 
 
 def _compare(run: Run, arguments: argparse.Namespace) -> None:
@@ -151,13 +161,16 @@ def _influence(run: Run, arguments: argparse.Namespace) -> None:
 
 def _export(run: Run, arguments: argparse.Namespace) -> None:
     from tdro_ray import stages
+    from tdro_ray.index.versions import model_hash
     from tdro_ray.model.export import export
 
     folders = stages.model_folders(run)
     name = arguments.model or stages.best_model(run)
     if name not in folders:
         raise ConfigError(f"No trained model {name!r} in {run.folder}. Trained: {', '.join(folders) or 'none'}.")
-    print(export(folders[name][1], Path(arguments.to), run.folder, name))
+    folder = folders[name][1]
+    source = model_hash(folder) if arguments.format == "onnx" else ""  # lets it serve the index of the original
+    print(export(folder, Path(arguments.to), run.folder, name, arguments.format, source))
 
 
 def _serve(run: Run, arguments: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from tdro_ray.errors import ConfigError, nearest
 RECIPES = Path(__file__).parent / "recipes"
 Measure = Literal["ratio", "official", "excess", "plain", "log_ratio"]
 Backend = Literal["ddp"]
+ExportFormat = Literal["hf", "lora", "onnx"]
 
 
 class Settings(BaseModel):
@@ -127,6 +128,7 @@ class TrainSettings(Settings):
     group_dro: float = Field(
         0.0, ge=0
     )  # eta of online Group DRO: each task's loss is scaled by a learned weight; 0: off
+    skip_nonfinite: int = Field(0, ge=0)  # steps without an update, because their loss was NaN or infinite, at most
 
 
 class OptimizeSettings(TrainSettings):
@@ -224,6 +226,14 @@ class ServeSettings(Settings):
     k: int = Field(3, ge=1)  # hits printed for each
 
 
+class LoggingSettings(Settings):
+    """Dashboards that training metrics go to besides `metrics.jsonl`, at every `log_every`-th step."""
+
+    tensorboard: bool = True  # event files under <run folder>/tensorboard/<stage>, where tensorboard is installed
+    wandb: str = ""  # project of Weights & Biases; "" sends nothing
+    mlflow: str = ""  # experiment of MLflow, on the server of MLFLOW_TRACKING_URI; "" sends nothing
+
+
 class TuneSettings(Settings):
     """Search over stage 1. A trial: stage 1, a short fine-tuning with its weights, nDCG on the dev queries."""
 
@@ -294,6 +304,7 @@ class Recipe(Settings):
     index: IndexSettings = IndexSettings()
     serve: ServeSettings = ServeSettings()
     tune: TuneSettings = TuneSettings()
+    logging: LoggingSettings = LoggingSettings()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -340,6 +351,7 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
         raise ConfigError(f"Recipe file {path} is not valid YAML: {err}") from err
     if not isinstance(raw, dict):
         raise ConfigError(f"Recipe file {path} must hold a mapping, it holds {type(raw).__name__}.")
+    raw = _unshared(raw)
     raw.setdefault("name", path.stem)
     for item in overrides:
         _apply(raw, item)
@@ -347,6 +359,13 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as err:
         raise ConfigError(_explain(err, path)) from err
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which YAML aliases are mappings of their own: setting `finetune.steps` must not set `reference.steps`."""
+    if isinstance(value, dict):
+        return {key: _unshared(part) for key, part in value.items()}
+    return [_unshared(part) for part in value] if isinstance(value, list) else value
 
 
 def _apply(raw: dict[str, Any], item: str) -> None:

@@ -60,6 +60,7 @@ class Run:
     display: Display
     connect: Callable[[], None] = lambda: None
     folder: Path = field(init=False)
+    writes: bool = True  # False: this run is only looked at
 
     def __post_init__(self) -> None:
         self.folder = run_folder(self.recipe)
@@ -86,10 +87,14 @@ class Run:
             )
         return manifest
 
+    def is_current(self, stage: Stage) -> bool:
+        """Return whether a stage's manifest holds its present key and its outputs exist."""
+        return self.manifest(stage.name).get("key") == stage.key and all(p.exists() for p in stage.outputs)
+
     def do(self, stage: Stage) -> dict[str, Any]:
         """Run a stage unless it is up to date; return its manifest."""
-        manifest = self.manifest(stage.name)
-        if manifest.get("key") == stage.key and all(p.exists() for p in stage.outputs):
+        if self.is_current(stage):
+            manifest = self.manifest(stage.name)
             self.display.skipped(stage.name, manifest["line"])
             return manifest
         self.connect()

@@ -22,7 +22,7 @@ from typing import Any
 
 from tdro_ray.errors import CheckpointError, ConfigError, DataError, ResourceError
 
-MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "tdro.json", "tokenizer.json")
+MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "tdro.json", "tokenizer.json", "*.onnx*")
 KEEP = 2  # complete versions left on disk, the current one included
 
 
@@ -98,11 +98,14 @@ def new_version(out_folder: str | Path) -> Iterator[tuple[str, Path]]:
 def model_hash(folder: str | Path) -> str:
     """SHA-256 over what an encoder reads from a model folder: equal hashes make comparable vectors.
 
-    Other files (a model card, results) may come and go. Raises CheckpointError for a folder without weights.
+    Other files (a model card, results) may come and go. An ONNX export names the hash of the model that it was made of
+    and compared with: it serves that model's index. Raises CheckpointError for a folder without weights.
     """
     folder = Path(folder)
+    if source := _source_hash(folder):
+        return source
     files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
-    if not any(path.suffix in (".safetensors", ".bin") for path in files):
+    if not any(path.suffix in (".safetensors", ".bin", ".onnx") for path in files):
         raise CheckpointError(f"{folder} is not a model folder: it holds no weights (*.safetensors).")
     digest = hashlib.sha256()
     for path in files:
@@ -111,6 +114,13 @@ def model_hash(folder: str | Path) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _source_hash(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "onnx.json").read_text(encoding="utf-8"))["source_hash"])
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 def check_same_model(manifest: dict[str, Any], name: str, model_hash: str) -> None:

@@ -12,10 +12,22 @@ from typing import Any
 
 import yaml
 
+from tdro_ray.config import ExportFormat
 from tdro_ray.types import RetrieverSpec
 
 BASELINE = "uniform"
-SETTINGS = ("steps", "batch_size", "num_negatives", "temperature", "learning_rate", "warmup_steps", "weight_decay")
+SETTINGS = (
+    "steps",
+    "batch_size",
+    "num_negatives",
+    "temperature",
+    "learning_rate",
+    "warmup_steps",
+    "min_lr_ratio",
+    "weight_decay",
+    "max_grad_norm",
+)
+LIBRARIES = {"hf": "sentence-transformers", "lora": "peft", "onnx": "onnxruntime"}
 POOLED = {
     "last": "hidden[torch.arange(len(hidden)), mask.sum(1) - 1]  # the last token, EOS",
     "mean": "(hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)",
@@ -23,8 +35,8 @@ POOLED = {
 }
 
 
-def write_card(folder: Path, spec: RetrieverSpec, run_folder: Path, name: str) -> None:
-    """Write `README.md` of the model called `name` in the run into `folder`."""
+def write_card(folder: Path, spec: RetrieverSpec, run_folder: Path, name: str, format: ExportFormat = "hf") -> None:
+    """Write `README.md` of the model called `name` in the run into `folder`, an export of that format."""
     config = _read(run_folder / "config.json")
     tasks = _read(run_folder / "stages" / "ingest" / "manifest.json").get("summary", {}).get("tasks", {})
     weights = _weights(run_folder, name, tasks)
@@ -32,15 +44,17 @@ def write_card(folder: Path, spec: RetrieverSpec, run_folder: Path, name: str) -
     parts = [
         f"# {title}",
         _what(config, tasks, spec, name),
-        _usage(spec, folder),
+        _usage(spec, folder, format),
         _prompts(spec),
         _data(tasks, weights, name),
-        _training(config, _read(run_folder / "weights" / f"{name}.json").get("meta", {}), name),
+        _training(config, _read(run_folder / "weights" / f"{name}.json").get("meta", {}), name, format),
+        _software(_read(run_folder / "versions.json")),
         _results(run_folder, name),
-        _limits(spec, config, tasks),
+        _limits(spec, config, tasks, format),
     ]
     body = "\n\n".join(part for part in parts if part)
-    (folder / "README.md").write_text(f"---\n{_front_matter(config, tasks)}---\n\n{body}\n", encoding="utf-8")
+    facts = _front_matter(config, tasks, format)
+    (folder / "README.md").write_text(f"---\n{facts}---\n\n{body}\n", encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -56,13 +70,18 @@ def _weights(run_folder: Path, name: str, tasks: dict[str, Any]) -> dict[str, fl
     return _read(run_folder / "weights" / f"{name}.json").get("domain_weights", {})
 
 
-def _front_matter(config: dict[str, Any], tasks: dict[str, Any]) -> str:
+def _reference(folder: Path) -> str:
+    """What the adapter in `folder` names as its base model; "" where there is no adapter."""
+    return str(_read(folder / "adapter_config.json").get("base_model_name_or_path", ""))
+
+
+def _front_matter(config: dict[str, Any], tasks: dict[str, Any], format: ExportFormat) -> str:
     base = str(config.get("model", {}).get("name", "tiny"))
     languages = sorted({str(info["language"]) for info in tasks.values() if info.get("language")})
     facts: dict[str, Any] = {
-        "library_name": "sentence-transformers",
+        "library_name": LIBRARIES[format],
         "pipeline_tag": "sentence-similarity",
-        "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", "dense-retrieval", "tdro"],
+        "tags": [LIBRARIES[format], "feature-extraction", "sentence-similarity", "dense-retrieval", "tdro"],
     }
     if languages:
         facts["language"] = languages
@@ -86,10 +105,31 @@ def _what(config: dict[str, Any], tasks: dict[str, Any], spec: RetrieverSpec, na
     )
 
 
-def _usage(spec: RetrieverSpec, folder: Path) -> str:
+def _usage(spec: RetrieverSpec, folder: Path, format: ExportFormat) -> str:
     task = next(iter(spec.task_prompts), "")
     named = f'prompt_name="{task}"' if task else 'prompt_name="query"'
     prompt = f"Instruct: {spec.task_prompts[task]}\\nQuery: " if task else ""
+    text = json.dumps(prompt, ensure_ascii=False).replace(chr(92) * 2, chr(92))[:-1] + 'parse an ISO 8601 date"'
+    if format == "onnx":
+        return _usage_onnx(spec, text, task)
+    load = 'model = AutoModel.from_pretrained("path/to/this/folder")'
+    if format == "lora":
+        load = f'base = AutoModel.from_pretrained("{_reference(folder)}")\nmodel = PeftModel.from_pretrained(base, "path/to/this/folder")'
+    plain = f"""```python
+import torch
+{"from peft import PeftModel" + chr(10) if format == "lora" else ""}from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+{load}
+texts = [{text}]
+batch = tokenizer(texts, padding=True, truncation=True, max_length={spec.query_length}, return_tensors="pt")
+hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"]
+vectors = torch.nn.functional.normalize({POOLED[spec.pooling].partition("  #")[0]}, dim=-1)
+```
+
+The tokenizer puts the final token behind every text itself; add nothing."""
+    if format == "lora":
+        return f"## How to use it\n\nThe adapter alone; it belongs on `{_reference(folder)}`.\n\n{plain}"
     return f"""## How to use it
 
 ```python
@@ -101,19 +141,37 @@ passages = model.encode(["datetime.fromisoformat(date_string) …"], prompt_name
 print(model.similarity(queries, passages))
 ```
 
-```python
-import torch
-from transformers import AutoModel, AutoTokenizer
+{plain}"""
 
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-model = AutoModel.from_pretrained("path/to/this/folder")
-texts = [{json.dumps(prompt, ensure_ascii=False).replace(chr(92) * 2, chr(92))[:-1]}parse an ISO 8601 date"]
-batch = tokenizer(texts, padding=True, truncation=True, max_length={spec.query_length}, return_tensors="pt")
-hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"]
-vectors = torch.nn.functional.normalize({POOLED[spec.pooling].partition("  #")[0]}, dim=-1)
+
+def _usage_onnx(spec: RetrieverSpec, text: str, task: str) -> str:
+    return f"""## How to use it
+
+```python
+from tdro_ray.model.load import load_encoder
+
+encoder = load_encoder("path/to/this/folder")  # onnxruntime on the CPU
+queries = encoder.encode(["parse an ISO 8601 date"], "query", "{task}")
+passages = encoder.encode(["datetime.fromisoformat(date_string) …"], "passage")
+print(queries @ passages.T)
 ```
 
-The tokenizer puts the final token behind every text itself; add nothing."""
+```python
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file("path/to/this/folder/tokenizer.json")
+tokenizer.enable_padding(pad_id={spec.pad_token_id})
+tokenizer.enable_truncation({spec.query_length})
+session = onnxruntime.InferenceSession("path/to/this/folder/model.onnx", providers=["CPUExecutionProvider"])
+batch = tokenizer.encode_batch([{text}])
+ids = np.array([e.ids for e in batch])
+mask = np.array([e.attention_mask for e in batch])
+vectors = session.run(None, {{"ids": ids, "mask": mask}})[0]  # unit vectors: pooling and normalisation are in the graph
+```
+
+The tokenizer puts the final token behind every text itself; add nothing. Padding is on the right."""
 
 
 def _prompts(spec: RetrieverSpec) -> str:
@@ -145,16 +203,20 @@ def _data(tasks: dict[str, Any], weights: dict[str, float], name: str) -> str:
     )
 
 
-def _training(config: dict[str, Any], meta: dict[str, Any], name: str) -> str:
+def _training(config: dict[str, Any], meta: dict[str, Any], name: str, format: ExportFormat) -> str:
     """Settings of the training; `meta` is of the weight file and says how the weights were learned."""
     if not config:
         return ""
     model, optimize = config.get("model", {}), meta.get("settings", {})
     stage = config.get("reference" if name == BASELINE else "finetune", {})
     rows = [[key.replace("_", " "), f"{stage[key]:g}"] for key in SETTINGS if key in stage]
-    lora = model.get("lora")
+    lora, mine = model.get("lora"), config.get("mine", {})
+    merged = "" if format == "lora" else ", merged"
     rows += [
-        ["parameters trained", f"LoRA, r {lora.get('r')}, alpha {lora.get('alpha')}, merged" if lora else "all"],
+        ["parameters trained", f"LoRA, r {lora.get('r')}, alpha {lora.get('alpha')}{merged}" if lora else "all"],
+        ["tokens, at most", f"{model.get('query_length')} of a query, {model.get('passage_length')} of a passage"],
+        ["precision", f"{model.get('dtype')}"],
+        ["hard negatives", f"given ones, and {mine.get('method')} up to {mine.get('num_negatives')} a row"],
         ["loss", "InfoNCE, hard and in-batch negatives, batches of one task"],
         ["seed", str(config.get("seed", "–"))],
     ]
@@ -162,6 +224,14 @@ def _training(config: dict[str, Any], meta: dict[str, Any], name: str) -> str:
         what = f"measure {optimize.get('measure')}, eta {optimize.get('eta')}, temperature {optimize.get('temperature')}, {optimize.get('steps')} steps"
         rows.append(["task weights learned by", f"{what} of a proxy"])
     return "## Training\n\n" + "\n".join([_row(["Setting", "Value"]), _row(["---", "---"]), *map(_row, rows)])
+
+
+def _software(versions: dict[str, Any]) -> str:
+    """One line of the versions that the run was made with."""
+    shown = [
+        f"{name} {versions[name]}" for name in ("tdro-ray", "torch", "transformers", "peft", "ray") if name in versions
+    ]
+    return f"Made with {', '.join(shown)}." if shown else ""
 
 
 def _results(run_folder: Path, name: str) -> str:
@@ -183,9 +253,9 @@ def _results(run_folder: Path, name: str) -> str:
     return "## Results\n\nSearch among each task's own test passages.\n\n" + "\n".join(lines)
 
 
-def _limits(spec: RetrieverSpec, config: dict[str, Any], tasks: dict[str, Any]) -> str:
+def _limits(spec: RetrieverSpec, config: dict[str, Any], tasks: dict[str, Any], format: ExportFormat) -> str:
     lines = []
-    if spec.query_length != spec.passage_length:
+    if spec.query_length != spec.passage_length and format == "hf":
         lines.append(
             f"- Trained with queries of at most {spec.query_length} tokens and passages of at most {spec.passage_length}. "
             f"sentence-transformers knows one maximum, `max_seq_length` {spec.passage_length}: it reads longer queries than training did."

@@ -20,6 +20,8 @@ from tdro_ray.retrieval.chunks import length_chunks, pad_rows
 from tdro_ray.retrieval.contrastive import wide
 from tdro_ray.types import Kind, RetrieverSpec
 
+ADAPTER = "adapter"  # folder in a model folder: the LoRA adapter alone, beside the merged weights
+
 
 class Retriever(nn.Module):
     """Backbone and pooling as one module: token ids in, unit vectors out. Queries and passages share it."""
@@ -106,7 +108,10 @@ def load_backbone(name: str | Path, dtype: str = "float32") -> Any:
 
 
 def save_retriever(retriever: Retriever, tokenizer_folder: Path, folder: Path) -> None:
-    """Write a complete tdro model folder: Hugging Face model files, the tokenizer's files, `tdro.json`."""
+    """Write a complete tdro model folder: Hugging Face model files, the tokenizer's files, `tdro.json`.
+
+    LoRA adapters are merged into the weights, and kept alone under `adapter/` so that they can be exported.
+    """
     import shutil
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +119,9 @@ def save_retriever(retriever: Retriever, tokenizer_folder: Path, folder: Path) -
     if hasattr(backbone, "merge_and_unload"):  # peft: serve and evaluate the merged weights
         import copy
 
+        # The base's embeddings are not the adapter's; peft would ask the Hub whether they changed.
+        backbone.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
+        (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # peft's card with nothing filled in
         backbone = copy.deepcopy(backbone).merge_and_unload()
     backbone.save_pretrained(folder)
     for file in Path(tokenizer_folder).glob("*token*"):

@@ -1,4 +1,8 @@
-"""A trained model as a folder for others: Hugging Face files, sentence-transformers files, `tdro.json`, a model card.
+"""A trained model as a folder for others, in one of three formats, each with `tdro.json` and a model card.
+
+hf    merged weights in Hugging Face layout, and the files of sentence-transformers
+lora  the LoRA adapter alone (peft), with a reference to its base model
+onnx  one graph from token ids to unit vectors, for onnxruntime on a CPU
 
 The exported tokenizer ends every text with EOS itself (its post-processor), so that transformers and
 sentence-transformers give the vectors that training saw; `tdro.json` then says append_eos=false. The folder is loaded
@@ -19,40 +23,53 @@ from typing import Any
 
 import numpy as np
 
+from tdro_ray.config import ExportFormat
 from tdro_ray.errors import CheckpointError, ConfigError
 from tdro_ray.model.card import write_card
 from tdro_ray.model.encoder import Encoder
+from tdro_ray.model.export_lora import LEAST_COSINE_ROUNDED, base_model, base_reference, is_rounded, write_lora
 from tdro_ray.model.exported import query_prompt, requests
+from tdro_ray.model.load import ONNX_FILE
+from tdro_ray.model.onnx_graph import write_onnx
 from tdro_ray.model.tokenize import TextTokenizer, read_spec, write_spec
 from tdro_ray.types import RetrieverSpec
 
 LEAST_COSINE = 0.9999  # between a text's original vector and its exported one
-MARK = "modules.json"  # with tdro.json beside it, a folder is an earlier export
+MARKS = ("modules.json", "adapter_config.json", ONNX_FILE)  # with tdro.json beside one, a folder is an earlier export
 POOLING_FLAGS = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
 ALL_FLAGS = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 WRITTEN_ANEW = ("tdro.json", "README.md", "tokenizer.json", "tokenizer_config.json")
 
 
-def export(model_folder: Path, to: Path, run_folder: Path, name: str) -> Path:
+def export(
+    model_folder: Path, to: Path, run_folder: Path, name: str, format: ExportFormat = "hf", source_hash: str = ""
+) -> Path:
     """Write the model to the folder `to` and return its resolved path; `name` is the model's name in the run.
 
-    `to` must be new, empty, or an earlier export, which stays until the new one is whole and checked. Raises
-    ConfigError for another target, CheckpointError when the export does not give the original's vectors.
+    `to` must be new, empty, or an earlier export, which stays until the new one is whole and checked. `source_hash`
+    names the weights that an index was built with (ONNX only). Raises ConfigError for another target or a library that
+    is not installed, CheckpointError when the export does not give the original's vectors or there is no adapter.
     """
+    model_folder, run_folder = Path(model_folder), Path(run_folder)
     to = Path(to).expanduser().resolve()
-    _check_target(to, Path(model_folder).resolve())
+    _check_target(to, model_folder.resolve())
     spec = read_spec(model_folder)
     to.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
     try:
-        for file in Path(model_folder).iterdir():
-            if file.is_file() and file.name not in WRITTEN_ANEW:
-                shutil.copy2(file, temporary / file.name)
-        exported = write_tokenizer(Path(model_folder), spec, temporary)
+        base = base_model(model_folder, run_folder) if format == "lora" else None
+        exported = write_tokenizer(model_folder, spec, temporary)
         write_spec(temporary, exported)
-        write_sentence_transformers(temporary, exported)
-        write_card(temporary, spec, Path(run_folder), name)
-        _check(Path(model_folder), temporary)
+        if format == "hf":
+            copy_weights(model_folder, temporary)
+            write_sentence_transformers(temporary, exported)
+        elif format == "lora":
+            write_lora(model_folder, temporary, base_reference(model_folder, run_folder))
+        else:
+            write_onnx(model_folder, temporary, source_hash)
+        write_card(temporary, spec, run_folder, name, format)
+        least = LEAST_COSINE_ROUNDED if format == "lora" and is_rounded(model_folder) else LEAST_COSINE
+        _check(model_folder, temporary, base, least)
         _put(temporary, to)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -68,9 +85,10 @@ def _check_target(to: Path, model_folder: Path) -> None:
         raise ConfigError(
             f"--to {to} and the model's own folder {model_folder} lie in each other. Give another folder."
         )
-    if to.is_dir() and any(to.iterdir()) and not ((to / MARK).exists() and (to / "tdro.json").exists()):
+    earlier = (to / "tdro.json").exists() and any((to / mark).exists() for mark in MARKS)
+    if to.is_dir() and any(to.iterdir()) and not earlier:
         raise ConfigError(
-            f"--to {to} is not empty and no earlier export (it has no {MARK} with a tdro.json). "
+            f"--to {to} is not empty and no earlier export (it has no tdro.json with one of {', '.join(MARKS)}). "
             "Nothing was written. Give a folder that does not exist yet, or empty that one."
         )
 
@@ -86,6 +104,13 @@ def _put(temporary: Path, to: Path) -> None:
 
 
 # What is written
+
+
+def copy_weights(model_folder: Path, out: Path) -> None:
+    """Copy the merged weights, their config, and whatever else lies in the model folder and is not written anew."""
+    for file in model_folder.iterdir():
+        if file.is_file() and file.name not in WRITTEN_ANEW:
+            shutil.copy2(file, out / file.name)
 
 
 def write_tokenizer(model_folder: Path, spec: RetrieverSpec, out: Path) -> RetrieverSpec:
@@ -181,15 +206,24 @@ def _write_json(path: Path, value: Any) -> None:
 # What is checked
 
 
-def _check(original: Path, exported: Path) -> None:
-    """Raise CheckpointError unless a fresh process gives the original's vectors from the exported folder."""
+def _check(original: Path, exported: Path, base: Path | None = None, least: float = LEAST_COSINE) -> None:
+    """Raise CheckpointError unless a fresh process gives the original's vectors, to a cosine of `least`, from the
+    exported folder (an adapter is loaded onto the model folder `base`)."""
     with tempfile.TemporaryDirectory(prefix="tdro-export-") as scratch:
         out = Path(scratch) / "vectors.npz"
         package = str(Path(__file__).parents[2])  # found wherever the command was started
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "tdro_ray.model.exported", str(exported), str(out)],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "tdro_ray.model.exported",
+                str(exported),
+                str(out),
+                *([str(base)] if base else []),
+            ],
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHONPATH": path, **quiet},
@@ -204,8 +238,8 @@ def _check(original: Path, exported: Path) -> None:
             expected_ND = np.concatenate([encoder.encode([r.text], r.kind, r.task) for r in rows])
             cosine_N = (expected_ND * vectors_ND).sum(1) / np.linalg.norm(vectors_ND, axis=1)
             worst = int(np.argmin(cosine_N))
-            if not cosine_N[worst] >= LEAST_COSINE:
+            if not cosine_N[worst] >= least:
                 raise CheckpointError(
                     f"The exported model gives other vectors through {way}: cosine {cosine_N[worst]:.6f} for {rows[worst].text[:60]!r} "
-                    f"({rows[worst].kind}, task {rows[worst].task or 'none'}); at least {LEAST_COSINE} is wanted. Nothing was written."
+                    f"({rows[worst].kind}, task {rows[worst].task or 'none'}); at least {least} is wanted. Nothing was written."
                 )

@@ -1,7 +1,9 @@
 """Vectors of sample texts from an exported folder, made in a fresh process by every library that can load it.
 
-`python -m tdro_ray.model.exported FOLDER OUT.npz` writes one array per way: `tdro`, `transformers` (plain AutoModel and
-AutoTokenizer, pooled as the model card shows) and, where it is installed, `sentence_transformers`.
+`python -m tdro_ray.model.exported FOLDER OUT.npz [BASE]` writes one array per way. Of merged weights: `tdro`,
+`transformers` (plain AutoModel and AutoTokenizer, pooled as the model card shows) and, where it is installed,
+`sentence_transformers`. Of an adapter: `peft` on the model folder BASE. Of a graph: `onnx`, text by text, and
+`onnx_batch`, all texts of a kind and task at once.
 N requests, T tokens, D dimensions.
 """
 
@@ -9,12 +11,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tdro_ray.errors import CheckpointError
+from tdro_ray.model.load import ONNX_FILE
 from tdro_ray.model.tokenize import TextTokenizer
 from tdro_ray.types import Kind
 
@@ -54,11 +59,17 @@ def query_prompt(instruction: str) -> str:
     return f"Instruct: {instruction}\nQuery: " if instruction else ""
 
 
-def main(folder: Path, out: Path) -> None:
-    """Write the vectors of all requests by every way to `out`."""
-    ways = {"tdro": _by_tdro, "transformers": _by_transformers}
-    if find_spec("sentence_transformers") is not None:
-        ways["sentence_transformers"] = _by_sentence_transformers
+def main(folder: Path, out: Path, base: Path | None = None) -> None:
+    """Write the vectors of all requests by every way to `out`; an adapter is put on the model folder `base`."""
+    ways: dict[str, Any]
+    if base is not None:
+        ways = {"peft": partial(_by_peft, base=base)}
+    elif (folder / ONNX_FILE).exists():
+        ways = {"onnx": _by_onnx, "onnx_batch": _by_onnx_batch}
+    else:
+        ways = {"tdro": _by_tdro, "transformers": _by_transformers}
+        if find_spec("sentence_transformers") is not None:
+            ways["sentence_transformers"] = _by_sentence_transformers
     tokenizer = TextTokenizer(folder)
     np.savez(out, **{way: encode(folder, tokenizer) for way, encode in ways.items()})  # one model in memory at a time
 
@@ -70,7 +81,31 @@ def _by_tdro(folder: Path, tokenizer: TextTokenizer) -> np.ndarray:
     return np.concatenate([encoder.encode([r.text], r.kind, r.task) for r in requests(tokenizer)])
 
 
-def _by_transformers(folder: Path, tokenizer: TextTokenizer) -> np.ndarray:
+def _by_onnx(folder: Path, tokenizer: TextTokenizer) -> np.ndarray:
+    from tdro_ray.model.onnx_encoder import OnnxEncoder
+
+    encoder = OnnxEncoder.load(folder)
+    return np.concatenate([encoder.encode([r.text], r.kind, r.task) for r in requests(tokenizer)])
+
+
+def _by_onnx_batch(folder: Path, tokenizer: TextTokenizer) -> np.ndarray:
+    from tdro_ray.model.onnx_encoder import OnnxEncoder
+
+    encoder, wanted = OnnxEncoder.load(folder), requests(tokenizer)
+    sequences = [tokenizer.encode([r.text], r.kind, r.task)[0] for r in wanted]
+    return encoder.embed_ids(sequences, batch_tokens=sum(map(len, sequences)) * len(sequences))
+
+
+def _by_peft(folder: Path, tokenizer: TextTokenizer, base: Path) -> np.ndarray:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    body = AutoModel.from_pretrained(base, dtype=torch.float32, local_files_only=True)
+    return _by_transformers(folder, tokenizer, PeftModel.from_pretrained(body, folder).eval())
+
+
+def _by_transformers(folder: Path, tokenizer: TextTokenizer, model: Any = None) -> np.ndarray:
     """Vectors (N, D) as a user of plain transformers makes them, all requests of a kind padded into one batch."""
     import torch
     from tokenizers import Tokenizer
@@ -82,7 +117,7 @@ def _by_transformers(folder: Path, tokenizer: TextTokenizer) -> np.ndarray:
     spec, wanted = tokenizer.spec, requests(tokenizer)
     plain = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     trained = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model = model or AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     parts: list[np.ndarray] = []
     for kind, length in (("passage", spec.passage_length), ("query", spec.query_length)):
         texts = [format_text(r.text, r.kind, r.task, spec) for r in wanted if r.kind == kind]
@@ -113,6 +148,6 @@ def _by_sentence_transformers(folder: Path, tokenizer: TextTokenizer) -> np.ndar
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
+        main(*map(Path, sys.argv[1:]))
     except CheckpointError as err:
         sys.exit(str(err))

@@ -83,6 +83,7 @@ def train_job(
     snapshots: tuple[int, ...] = (),
 ) -> Any:
     from tdro_ray.train.loop import TrainJob
+    from tdro_ray.train.sinks import LogTo, check_installed
     from tdro_ray.train.step import TaskSettings
 
     found = collections(run)
@@ -94,6 +95,9 @@ def train_job(
         loss_scales=loss_scales,
     )
     recipe = run.recipe
+    check_installed(recipe.logging)
+    shown = {**settings.model_dump(mode="json"), "model": recipe.model.name, "seed": recipe.seed}
+    log_to = LogTo(recipe.logging, recipe.name, stage, key, run.folder, shown)
     return TrainJob(
         key,
         base or base_folder(run),
@@ -104,6 +108,7 @@ def train_job(
         recipe.seed,
         recipe.scale.backend,
         snapshots,
+        log_to,
     )
 
 

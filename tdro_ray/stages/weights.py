@@ -45,10 +45,11 @@ def scores_folder(run: Run, settings: OptimizeSettings) -> tuple[str, Path]:
     drawn += [settings.rows, settings.folds] if settings.rows != "seen" else []
     keys = [run.manifest(stage).get("key") for stage in references(settings)]
     key = key_of("score", keys, negatives_key(run), drawn)
-    return key, run.path(_score_stage(settings)) / f"{key}.lance"
+    return key, run.path(score_stage(settings)) / f"{key}.lance"
 
 
-def _score_stage(settings: OptimizeSettings) -> str:
+def score_stage(settings: OptimizeSettings) -> str:
+    """Stage of the scores that a stage 1 reads."""
     return "score" if settings.rows == "seen" else f"score-{settings.rows}-{settings.folds}"
 
 
@@ -74,7 +75,7 @@ def score(run: Run) -> None:
     wanted: dict[str, OptimizeSettings] = {}
     for rival in stage1_rivals(run.recipe):
         settings = stage1_settings(run.recipe, rival)
-        stage = _score_stage(settings)
+        stage = score_stage(settings)
         known = wanted.get(stage)
         wanted[stage] = max(settings, known, key=lambda s: s.steps) if known else settings
     for settings in wanted.values():
@@ -108,7 +109,7 @@ def score_for(run: Run, settings: OptimizeSettings) -> dict[str, Any]:
             "rows": rows,
         }
 
-    return run.do(Stage(_score_stage(settings), key_of(draw_key, settings.steps), (out,), work))
+    return run.do(Stage(score_stage(settings), key_of(draw_key, settings.steps), (out,), work))
 
 
 def optimize(run: Run) -> None:
@@ -263,16 +264,19 @@ def _capped(run: Run, weights: dict[str, float], ordered: tuple[float, ...]) -> 
 
 
 def weights_of(run: Run, mixture: Mixture) -> dict[str, float]:
-    """Weights of a mixture over the run's tasks; those that come from the tasks' rows are written under `weights/`."""
+    """Weights of a mixture over the run's tasks; those that come from the tasks' rows are written under `weights/` too."""
     from tdro_ray.dro import select
     from tdro_ray.dro.files import WeightFile, read_weights, write_weights
 
     sizes = {c.name: c.manifest.rows for c in collections(run)}
     path = mixture.file
     if mixture.settings.power is not None:
-        path = run.folder / "weights" / f"{mixture.name}.json"
         weights = select.temperature(sizes, mixture.settings.power)
-        write_weights(path, WeightFile(weights, sizes, {"kind": mixture.name}))
+        if run.writes:
+            write_weights(
+                run.folder / "weights" / f"{mixture.name}.json", WeightFile(weights, sizes, {"kind": mixture.name})
+            )
+        return weights
     path = path or mixture.weight_file(run.folder)
     if not path.exists():
         mend = f"Run `tdro optimize {run.recipe.name}` first." if mixture.stage1 else "Give the path of a weight file."

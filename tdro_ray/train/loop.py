@@ -12,7 +12,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from tdro_ray.train import checkpoint
 from tdro_ray.train.backends import BACKENDS, Backend
 from tdro_ray.train.comm import sum_
 from tdro_ray.train.context import TrainContext
+from tdro_ray.train.nonfinite import NonFiniteGradient, NonFiniteLoss, Skips
+from tdro_ray.train.sinks import LogTo, Sinks
 from tdro_ray.train.step import StepResult, TaskSettings, contrastive_step, dro_step
 
 
@@ -44,18 +47,20 @@ class TrainJob:
     seed: int
     backend: str = "ddp"
     snapshots: tuple[int, ...] = ()  # steps after which the model is also kept, as out/start-<step>
+    log_to: LogTo = field(default_factory=LogTo)  # dashboards
 
 
 def train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
     """Run the job to its end, from its newest checkpoint on, and return a summary (equal on all workers)."""
     torch.set_flush_denormal(True)  # softmax at small temperatures makes denormals, which CPUs crawl through
     try:
-        return _train(job, context)
+        with ExitStack() as closing:
+            return _train(job, context, closing)
     finally:
         torch.set_flush_denormal(False)
 
 
-def _train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
+def _train(job: TrainJob, context: TrainContext, closing: ExitStack) -> dict[str, Any]:
     settings, device = job.settings, context.device
     found = context.latest_checkpoint()
     done, finished = checkpoint.progress(found, job.key) if found else (0, False)
@@ -68,21 +73,31 @@ def _train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
     weights = _task_weights(settings, len(job.tasks.names))
     trajectory: list[tuple[int, list[float], list[float]]] = []
     start = _restore(job, found, backend, weights, trajectory)
-    log = _Log(job.out, context, start, settings)
+    log = _Log(job, context, start)
+    closing.callback(log.sinks.close)
+    skips = Skips(job.out, context, settings, start)
 
     for batch in log.timed(batches):
         _check_order(batch, start, context)
         torch.manual_seed(_step_seed(job.seed, batch.step, context.rank))  # dropout goes on exactly after a restart
-        if isinstance(settings, OptimizeSettings):
-            assert weights is not None
-            weights.eta = eta_at(batch.step, settings.steps, settings.eta, settings.eta_schedule, settings.hold)
-            result = dro_step(backend, weights, batch, settings, job.tasks, retriever.spec.pad_token_id, device)
-        else:
-            result = contrastive_step(backend, batch, settings, job.tasks, retriever.spec.pad_token_id, device, weights)
+        result: StepResult | None = None  # stays so where the step is skipped
+        try:
+            if isinstance(settings, OptimizeSettings):
+                assert weights is not None
+                weights.eta = eta_at(batch.step, settings.steps, settings.eta, settings.eta_schedule, settings.hold)
+                result = dro_step(backend, weights, batch, settings, job.tasks, retriever.spec.pad_token_id, device)
+            else:
+                pad_id = retriever.spec.pad_token_id
+                result = contrastive_step(backend, batch, settings, job.tasks, pad_id, device, weights)
+        except NonFiniteLoss as err:
+            skips.skip(batch, err, job.tasks.names)
         if weights is not None:
-            trajectory.append((batch.step, result.detail["alpha"], result.detail["signal"]))
+            signal_G = result.detail["signal"] if result else [0.0] * len(job.tasks.names)
+            trajectory.append((batch.step, weights.alpha_G.tolist(), signal_G))
         rate = learning_rate(batch.step, settings)
-        norm = backend.update(rate)
+        norm = backend.update(rate) if result else 0.0
+        if not math.isfinite(norm):
+            skips.skip(batch, NonFiniteGradient(batch), job.tasks.names)
         start = batch.step + 1
         log.step(batch, result, rate, norm)
         finished = start == settings.steps or _converged(settings, trajectory)
@@ -222,14 +237,16 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 class _Log:
     """Times, rates and losses of the steps; rank 0 writes every `log_every`-th into `metrics.jsonl`."""
 
-    def __init__(self, out: Path, context: TrainContext, start: int, settings: TrainSettings) -> None:
-        self.path, self.context, self.settings = out / "metrics.jsonl", context, settings
+    def __init__(self, job: TrainJob, context: TrainContext, start: int) -> None:
+        self.path, self.context, self.settings = job.out / "metrics.jsonl", context, job.settings
+        self.sinks = Sinks(job.log_to if context.rank == 0 else LogTo(), start, job.tasks.names)
         self.last_loss, self._losses = math.nan, []
+        self._steps, self._skipped = 0, []
         self._wait = self._total_wait = 0.0
         self._tokens = self._total_tokens = 0
         self._began = self._mark = time.perf_counter()
         if context.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
+            job.out.mkdir(parents=True, exist_ok=True)
             kept = [ln for ln in _lines(self.path) if json.loads(ln)["step"] <= start]
             self.path.write_text("".join(kept), encoding="utf-8")
 
@@ -248,9 +265,13 @@ class _Log:
                 self._wait += time.perf_counter() - before
             yield batch
 
-    def step(self, batch: Batch, result: StepResult, rate: float, norm: float) -> None:
-        self.last_loss = result.loss
-        self._losses.append(result.loss)
+    def step(self, batch: Batch, result: StepResult | None, rate: float, norm: float) -> None:
+        self._steps += 1
+        if result is None:
+            self._skipped.append(batch.step)
+        else:
+            self.last_loss = result.loss
+            self._losses.append(result.loss)
         self._tokens += int(batch.length_S.sum())
         done = batch.step + 1
         if done % self.settings.log_every and done != self.settings.steps:
@@ -260,21 +281,24 @@ class _Log:
         seconds = max(1e-9, now - self._mark)
         record = {
             "step": done,
-            "loss": sum(self._losses) / len(self._losses),
+            "loss": sum(self._losses) / len(self._losses) if self._losses else self.last_loss,
             "lr": rate,
             "grad_norm": norm,
             "tokens_per_s": tokens / seconds,
-            "data_wait_s": self._wait / len(self._losses),
-            "step_s": seconds / len(self._losses),
+            "data_wait_s": self._wait / self._steps,
+            "step_s": seconds / self._steps,
             "peak_memory_mb": _peak_memory_mb(self.context.device),
-            **result.detail,
+            **({"skipped": self._skipped} if self._skipped else {}),
+            **(result.detail if result else {}),
         }
         if self.context.rank == 0:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+            self.sinks.write(record)
         self._total_wait += self._wait
         self._total_tokens += tokens
         self._wait, self._tokens, self._losses, self._mark = 0.0, 0, [], now
+        self._steps, self._skipped = 0, []
 
     def mean_rate(self) -> float:
         return self._total_tokens / max(1e-9, self._mark - self._began)

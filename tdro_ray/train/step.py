@@ -17,13 +17,13 @@ from tdro_ray.config import OptimizeSettings, TrainSettings
 from tdro_ray.data.collate import Batch
 from tdro_ray.dro.measures import signal, task_counts, task_means
 from tdro_ray.dro.weights import TaskWeights, row_weights
-from tdro_ray.errors import TdroError
 from tdro_ray.model.encoder import to_tensors
 from tdro_ray.retrieval.chunks import length_chunks
 from tdro_ray.retrieval.contrastive import global_batch_loss, own_passages_loss
 from tdro_ray.retrieval.grad_cache import CachedForward, plan_chunks
 from tdro_ray.train.backends import Backend
 from tdro_ray.train.comm import gather_rows, gather_sizes, largest, sum_, world
+from tdro_ray.train.nonfinite import check_finite
 
 ROW_BLOCK = 512  # rows of the loss matrix held at a time
 
@@ -72,7 +72,7 @@ def contrastive_step(
     else:
         loss_B, gradient_SD = _own_passages(query_BD, passage_XD, batch, temperature)
     totals = sum_(torch.stack([loss_B.sum(), torch.tensor(float(num_local), dtype=loss_B.dtype, device=device)]))
-    _check_finite(totals[0], batch, tasks)
+    check_finite(totals[0], rep_SD, batch, tasks.names)
     mean, detail = float(totals[0] / totals[1]), {"task": tasks.names[task]}
     scale = tasks.loss_scales[task] if tasks.loss_scales else 1.0
     if weights is not None:
@@ -105,7 +105,7 @@ def dro_step(
     loss_B = _row_losses(leaf_SD, batch, settings, tasks, device)
     own_N = _gathered(loss_B, batch, settings, tasks, device)
     loss_N, reference_N, task_N = signal_N or own_N
-    _check_finite(loss_N.sum() + reference_N.sum() + own_N[0].sum(), batch, tasks)
+    check_finite(loss_N.sum() + reference_N.sum() + own_N[0].sum(), leaf_SD, batch, tasks.names)
     num_tasks = len(tasks.names)
     signal_G = signal(
         settings.measure,
@@ -231,12 +231,3 @@ def _own_passages(query_BD: Tensor, passage_XD: Tensor, batch: Batch, temperatur
 def _temperatures(batch: Batch, default: float, tasks: TaskSettings, device: torch.device) -> Tensor:
     tau_G = torch.tensor([t or default for t in tasks.temperatures], dtype=torch.float32)
     return tau_G[torch.from_numpy(batch.task_B)].to(device)
-
-
-def _check_finite(total: Tensor, batch: Batch, tasks: TaskSettings) -> None:
-    if not torch.isfinite(total):
-        rows = ", ".join(f"{tasks.names[t]}:{r}" for t, r in zip(batch.task_B[:8], batch.row_B[:8], strict=True))
-        raise TdroError(
-            f"The loss is not finite at step {batch.step}. This worker's rows (task:row): {rows}, … "
-            "Lower the learning rate or raise the temperature; the last checkpoint is kept."
-        )

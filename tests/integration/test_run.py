@@ -73,6 +73,24 @@ def test_a_second_run_repeats_nothing(made):
     assert time.monotonic() - began < 60
 
 
+def test_a_dry_run_after_it_says_so_and_writes_nothing(made):
+    runs, recipe, _ = made
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()}
+    began = time.monotonic()
+    done = tdro("run", recipe, "--dry-run", runs=runs)
+    assert time.monotonic() - began < 5 and done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("up to date") == len(STAGES) + 1 and "to do" not in done.stdout
+    changes = ("--set", "finetune.steps=16", "--set", "compare=[proportional]")
+    shown = tdro("run", recipe, "--dry-run", *changes, runs=runs).stdout.splitlines()
+    state = {line.split()[0]: "up to date" in line for line in shown[4:16] if line}
+    assert [name for name, current in state.items() if not current] == [
+        *("finetune-current", "finetune-top70", "finetune-proportional"),
+        *("evaluate", "index", "serve"),
+    ]
+    assert "tokens/s of this recipe's earlier run" in "\n".join(shown)
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()} == before
+
+
 def test_a_new_setting_redoes_only_what_depends_on_it(made):
     runs, recipe, _ = made
     done = tdro("evaluate", recipe, "--set", "evaluate.ndcg_at=5", runs=runs)

@@ -5,7 +5,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from tdro_ray.config import Recipe, Settings, load_recipe, recipe_names, run_folder, store_folder
+from tdro_ray.config import RECIPES, Recipe, Settings, load_recipe, recipe_names, run_folder, store_folder
 from tdro_ray.errors import ConfigError
 
 
@@ -24,6 +24,12 @@ def test_defaults_are_overridden_by_the_recipe_and_that_by_set(recipe_file):
     found = load_recipe(str(recipe_file), ("optimize.eta=0.125", "seed=8", "optimize.eta=0.25", "model.lora.r=4"))
     assert (found.seed, found.optimize.eta, found.optimize.steps) == (8, 0.25, 20)
     assert found.model.lora is not None and found.model.lora.r == 4 and found.model.lora.alpha == 32
+
+
+def test_a_set_changes_one_stage_even_where_the_file_shares_settings():
+    for recipe in recipe_names():
+        before, after = load_recipe(recipe), load_recipe(recipe, ("finetune.steps=7",))
+        assert after.finetune.steps == 7 and (after.reference, after.optimize) == (before.reference, before.optimize)
 
 
 def test_the_name_is_the_files_unless_it_says_so(recipe_file, tmp_path):
@@ -121,6 +127,23 @@ def test_the_resolved_recipe_survives_json(recipe_file):
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_load_under_their_own_name(name):
     assert load_recipe(name).name == name
+
+
+@pytest.mark.parametrize("name", ["lora-8b", "laptop"])
+def test_every_setting_of_a_recipe_to_start_from_is_explained(name):
+    lines = (RECIPES / f"{name}.yaml").read_text().splitlines()
+    settings = [line for line in lines if line.strip() and not line.startswith("#")]
+    plain = {"name:", "data:", "mine:", "model:", "lora:", "scale:", "reference:", "optimize:", "serve:", "-"}
+    unsaid = [ln for ln in settings if "  # " not in ln and ln.split()[0] not in plain]
+    assert not unsaid and max(map(len, lines)) <= 120
+
+
+def test_what_the_recipes_promise():
+    large, small = load_recipe("lora-8b"), load_recipe("laptop")
+    assert large.model.lora is not None and large.model.lora.r == 16 and large.scale.num_workers == 8
+    assert large.model.gradient_checkpointing and large.model.dtype == "bfloat16" and large.scale.use_gpu
+    assert {s.batch_size for s in (large.reference, large.optimize, large.finetune)} == {2048}
+    assert small.model.lora is None and not small.scale.use_gpu and small.model.passage_length <= 128
 
 
 def test_where_runs_live(monkeypatch, tmp_path, recipe_file):

@@ -136,7 +136,7 @@ def test_the_card_shows_code_that_runs(tmp_path: Path) -> None:
 
 
 def test_only_a_free_place_or_an_earlier_export_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "_check", lambda original, exported: None)
+    monkeypatch.setattr(export_module, "_check", lambda *_: None)
     model, run = make_model(tmp_path / "model"), tmp_path / "run"
     taken = tmp_path / "taken"
     taken.mkdir()
@@ -162,7 +162,7 @@ def test_an_export_that_gives_other_vectors_is_refused_and_the_earlier_one_stays
 ) -> None:
     model, out = make_model(tmp_path / "model"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "_check", lambda original, exported: None)
+        patch.setattr(export_module, "_check", lambda *_: None)
         export(model, out, tmp_path / "run", "current")
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     monkeypatch.setitem(export_module.POOLING_FLAGS, "last", "max_tokens")

@@ -29,7 +29,8 @@ MAY_IMPORT = {  # room -> rooms of tdro_ray that it may import, itself aside
     "tune": {*BELOW_STAGES, "pipeline", "stages"},  # a search runs stages
     "serve": {"types", "errors", "model", "index"},
     "display": set(),
-    "commands": {*BELOW_STAGES, "pipeline", "stages", "tune", "display"},
+    "dryrun": {*BELOW_STAGES, "pipeline", "stages", "display"},
+    "commands": {*BELOW_STAGES, "pipeline", "stages", "tune", "display", "dryrun"},
     "__main__": {"errors", "commands"},
     "cluster": {*BASE, "__main__"},  # `submit` checks a command with the command line's own parser
 }
