@@ -19,13 +19,13 @@ from tdro_ray.dro.measures import signal, task_counts, task_means
 from tdro_ray.dro.weights import TaskWeights, row_weights
 from tdro_ray.errors import TdroError
 from tdro_ray.model.encoder import to_tensors
-from tdro_ray.retrieval.chunks import length_chunks
+from tdro_ray.retrieval.chunks import chunk_tokens, graph_tokens, length_chunks
 from tdro_ray.retrieval.contrastive import global_batch_loss, own_passages_loss
 from tdro_ray.retrieval.grad_cache import CachedForward, plan_chunks
 from tdro_ray.train.backends import Backend
 from tdro_ray.train.comm import gather_rows, gather_sizes, largest, sum_, world
 
-ROW_BLOCK = 512  # rows of the loss matrix held at a time
+LOSS_BLOCK = 1 << 21  # entries of the loss matrix held at a time, so that memory does not grow with the batch
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,12 @@ def _cached_forward(
     backend: Backend, batch: Batch, token_budget: int, pad_id: int, device: torch.device
 ) -> CachedForward:
     """Agree with all workers on one pass or two and on the number of chunks, or sharded backends would hang."""
-    chunks, one_pass = plan_chunks(batch.length_S, token_budget)
+    most = chunk_tokens(token_budget, device.type)
+    kept = graph_tokens(token_budget, device.type, getattr(backend.module, "bytes_per_token", 0))
+    chunks, one_pass = plan_chunks(batch.length_S, kept, most)
     if world()[1] > 1:
         if largest(int(not one_pass), device):
-            chunks, one_pass = length_chunks(batch.length_S, token_budget), False
+            chunks, one_pass = length_chunks(batch.length_S, most), False
         num_chunks = largest(len(chunks), device)
     else:
         num_chunks = len(chunks)
@@ -154,7 +156,7 @@ def _in_batch(query_BD: Tensor, passage_XD: Tensor, batch: Batch, temperature: f
     positive_key_BK = torch.from_numpy(batch.positive_key_BK).to(device)
     leaf_BD = query_BD.detach().requires_grad_()
     losses = []
-    for rows in torch.arange(len(leaf_BD), device=device).split(ROW_BLOCK):
+    for rows in torch.arange(len(leaf_BD), device=device).split(max(1, LOSS_BLOCK // max(1, len(passage_MD)))):
         loss = global_batch_loss(leaf_BD[rows], passage_MD, target_B[rows], key_M, positive_key_BK[rows], temperature)
         loss.sum().backward()
         losses.append(loss.detach())
