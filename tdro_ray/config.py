@@ -115,6 +115,7 @@ class TrainSettings(Settings):
     batch_size: int = Field(2048, ge=1)  # queries per step, over all workers
     num_negatives: int = Field(1, ge=0)  # hard negatives per query
     temperature: float = Field(0.002, gt=0)  # tau in s = cos / tau
+    symmetric: bool = False  # stages 0 and 2, in-batch tasks: mean of query -> passages and positive -> queries
     learning_rate: float = Field(1e-4, gt=0)  # peak
     warmup_steps: int = Field(100, ge=0)
     min_lr_ratio: float = Field(0.1, ge=0, le=1)  # cosine ends at this share of the peak

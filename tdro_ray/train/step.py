@@ -20,7 +20,7 @@ from tdro_ray.dro.weights import TaskWeights, row_weights
 from tdro_ray.errors import TdroError
 from tdro_ray.model.encoder import to_tensors
 from tdro_ray.retrieval.chunks import chunk_tokens, graph_tokens, length_chunks
-from tdro_ray.retrieval.contrastive import global_batch_loss, own_passages_loss
+from tdro_ray.retrieval.contrastive import global_batch_loss, own_passages_loss, reverse_loss
 from tdro_ray.retrieval.grad_cache import CachedForward, plan_chunks
 from tdro_ray.train.backends import Backend
 from tdro_ray.train.comm import gather_rows, gather_sizes, largest, sum_, world
@@ -58,6 +58,9 @@ def contrastive_step(
     query_BD, passage_XD = rep_SD[:num_local], rep_SD[num_local:]
     if tasks.in_batch[task]:
         loss_B, gradient_SD = _in_batch(query_BD, passage_XD, batch, temperature)
+        if settings.symmetric:
+            reverse_B, reverse_SD = _reverse(query_BD, passage_XD, batch, temperature)
+            loss_B, gradient_SD = (loss_B + reverse_B) / 2, (gradient_SD + reverse_SD) / 2
     else:
         loss_B, gradient_SD = _own_passages(query_BD, passage_XD, batch, temperature)
     totals = sum_(torch.stack([loss_B.sum(), torch.tensor(float(num_local), dtype=loss_B.dtype, device=device)]))
@@ -165,6 +168,34 @@ def _in_batch(query_BD: Tensor, passage_XD: Tensor, batch: Batch, temperature: f
     gradient_XD = torch.zeros_like(passage_XD).index_put_((keep_X,), gradient_MD.to(passage_XD.dtype))
     query_gradient_BD = leaf_BD.grad if leaf_BD.grad is not None else torch.zeros_like(leaf_BD)
     return torch.cat(losses) if losses else leaf_BD.new_zeros(0), torch.cat([query_gradient_BD, gradient_XD])
+
+
+def _reverse(query_BD: Tensor, passage_XD: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    """As `_in_batch`, from each row's positive to the queries of all workers."""
+    device, rank = query_BD.device, world()[0]
+    num_local, width = batch.passage_key_BP.shape
+    sizes = gather_sizes(num_local, device)
+    start = sum(sizes[:rank])
+    query_ND = gather_rows(query_BD.detach(), sizes).requires_grad_()
+    # Workers pad positives to their own most: agree on one width before they are gathered.
+    most = largest(batch.positive_key_BK.shape[1], device)
+    padded_BK = np.full((num_local, most), -1, np.int64)
+    padded_BK[:, : batch.positive_key_BK.shape[1]] = batch.positive_key_BK
+    positive_key_NK = gather_rows(torch.from_numpy(padded_BK).to(device), sizes)
+    key_B = torch.from_numpy(batch.passage_key_BP[:, 0].copy()).to(device)
+    target_B = start + torch.arange(num_local, device=device)
+    leaf_BD = passage_XD.detach()[::width].clone().requires_grad_()
+    losses = [leaf_BD.new_zeros(0)]
+    for rows in torch.arange(num_local, device=device).split(max(1, LOSS_BLOCK // max(1, len(query_ND) * most))):
+        loss = reverse_loss(leaf_BD[rows], query_ND, target_B[rows], key_B[rows], positive_key_NK, temperature)
+        loss.sum().backward()
+        losses.append(loss.detach())
+    query_gradient_ND = query_ND.grad if query_ND.grad is not None else torch.zeros_like(query_ND)
+    gradient_BD = sum_(query_gradient_ND)[start : start + num_local].to(query_BD.dtype)
+    gradient_XD = torch.zeros_like(passage_XD)
+    if leaf_BD.grad is not None:
+        gradient_XD[::width] = leaf_BD.grad.to(passage_XD.dtype)
+    return torch.cat(losses), torch.cat([gradient_BD, gradient_XD])
 
 
 def _own_passages(query_BD: Tensor, passage_XD: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
