@@ -117,6 +117,7 @@ class TrainSettings(Settings):
     batch_size: int = Field(2048, ge=1)  # queries per step, over all workers
     num_negatives: int = Field(1, ge=0)  # hard negatives per query
     temperature: float = Field(0.002, gt=0)  # tau in s = cos / tau
+    symmetric: bool = False  # stages 0 and 2, in-batch tasks: mean of query -> passages and positive -> queries
     learning_rate: float = Field(1e-4, gt=0)  # peak
     warmup_steps: int = Field(100, ge=0)
     min_lr_ratio: float = Field(0.1, ge=0, le=1)  # cosine ends at this share of the peak
@@ -314,6 +315,8 @@ class Recipe(Settings):
             )
         if self.optimize.group_dro or self.reference.group_dro:
             raise ValueError("group_dro is a way of fine-tuning: set finetune.group_dro, not that of another stage")
+        if self.optimize.symmetric:
+            raise ValueError("optimize.symmetric has no effect: stage 1 compares each row's own passages only")
         if self.mine.last_rank < self.mine.first_rank:
             raise ValueError("mine.last_rank must not be below mine.first_rank")
         return self

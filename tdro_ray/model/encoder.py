@@ -30,6 +30,9 @@ class Retriever(nn.Module):
         super().__init__()
         self.backbone, self.spec = backbone, spec
         self.causal = _is_causal(backbone)
+        config: Any = backbone.config
+        # What training keeps of a token, roughly: a dozen float32 vectors a layer.
+        self.bytes_per_token = 48 * int(getattr(config, "num_hidden_layers", 1)) * int(config.hidden_size)
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Return unit vectors (B, D), float32 (float64 of a float64 model). `mask_BT` is 1 at real tokens; padding is on the right."""

@@ -9,6 +9,18 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+CPU_CHUNK_TOKENS = 512  # activations of more leave a core's cache: a step of MiniLM took 1.5 times as long at 4,096
+CPU_GRAPH_BYTES = 128 << 20  # above this, keeping the graph costs a CPU more than a second forward in its cache does
+
+
+def chunk_tokens(token_budget: int, device: str) -> int:
+    """Return how many padded tokens a chunk may hold on a device of that type ("cpu", "cuda")."""
+    return min(token_budget, CPU_CHUNK_TOKENS) if device == "cpu" else token_budget
+
+
+def graph_tokens(token_budget: int, device: str, bytes_per_token: int) -> int:
+    """Return of how many padded tokens the graph may be kept, `bytes_per_token` being what one token's takes."""
+    return min(token_budget, CPU_GRAPH_BYTES // max(1, bytes_per_token)) if device == "cpu" else token_budget
 
 
 def length_chunks(length_S: npt.ArrayLike, token_budget: int) -> list[Ints]:

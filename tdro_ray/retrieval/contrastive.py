@@ -50,6 +50,20 @@ def global_batch_loss(
     )
 
 
+def reverse_loss(
+    positive_BD: Tensor, query_ND: Tensor, target_B: Tensor, key_B: Tensor, positive_key_NK: Tensor, temperature: float
+) -> Tensor:
+    """Return InfoNCE of each row's positive over the queries of the global batch (the other direction): (B,).
+
+    `target_B` is the column of the row's own query, `key_B` its positive's key. Another query that has this passage
+    among its positives (`positive_key_NK`) is no negative and is masked.
+    """
+    logit_BN = wide(positive_BD) @ wide(query_ND).T / temperature
+    mask_BN = (key_B[:, None, None] == positive_key_NK[None]).any(-1)
+    mask_BN[torch.arange(len(target_B), device=target_B.device), target_B] = False
+    return cross_entropy(logit_BN.masked_fill(mask_BN, float("-inf")), target_B, reduction="none")
+
+
 def false_negatives(target_B: Tensor, passage_key_M: Tensor, positive_key_BK: Tensor) -> Tensor:
     """Return where a column holds a positive of the row other than its target: bool (B, M)."""
     mask_BM = torch.zeros(len(target_B), len(passage_key_M), dtype=torch.bool, device=target_B.device)

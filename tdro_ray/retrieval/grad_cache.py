@@ -28,12 +28,15 @@ LENGTH_GROUPS = (
 )
 
 
-def plan_chunks(length_S: Ints, token_budget: int) -> tuple[list[Ints], bool]:
-    """Return (chunks, whether one pass with the graph kept fits the budget)."""
-    groups = length_chunks(length_S, max(1, token_budget // LENGTH_GROUPS))
-    if padded_tokens(length_S, groups) <= token_budget:
+def plan_chunks(length_S: Ints, graph_tokens: int, chunk_tokens: int) -> tuple[list[Ints], bool]:
+    """Return (chunks, whether one pass is taken: the graph of all chunks is at most `graph_tokens` padded tokens).
+
+    A chunk holds at most `chunk_tokens` padded tokens.
+    """
+    groups = length_chunks(length_S, max(1, min(graph_tokens // LENGTH_GROUPS, chunk_tokens)))
+    if padded_tokens(length_S, groups) <= graph_tokens:
         return groups, True
-    return length_chunks(length_S, token_budget), False
+    return length_chunks(length_S, chunk_tokens), False
 
 
 @dataclass

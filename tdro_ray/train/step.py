@@ -18,14 +18,14 @@ from tdro_ray.data.collate import Batch
 from tdro_ray.dro.measures import signal, task_counts, task_means
 from tdro_ray.dro.weights import TaskWeights, row_weights
 from tdro_ray.model.encoder import to_tensors
-from tdro_ray.retrieval.chunks import length_chunks
-from tdro_ray.retrieval.contrastive import global_batch_loss, own_passages_loss
+from tdro_ray.retrieval.chunks import chunk_tokens, graph_tokens, length_chunks
+from tdro_ray.retrieval.contrastive import global_batch_loss, own_passages_loss, reverse_loss
 from tdro_ray.retrieval.grad_cache import CachedForward, plan_chunks
 from tdro_ray.train.backends import Backend
 from tdro_ray.train.comm import gather_rows, gather_sizes, largest, sum_, world
 from tdro_ray.train.nonfinite import check_finite
 
-ROW_BLOCK = 512  # rows of the loss matrix held at a time
+LOSS_BLOCK = 1 << 21  # entries of the loss matrix held at a time, so that memory does not grow with the batch
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,9 @@ def contrastive_step(
     query_BD, passage_XD = rep_SD[:num_local], rep_SD[num_local:]
     if tasks.in_batch[task]:
         loss_B, gradient_SD = _in_batch(query_BD, passage_XD, batch, temperature)
+        if settings.symmetric:
+            reverse_B, reverse_SD = _reverse(query_BD, passage_XD, batch, temperature)
+            loss_B, gradient_SD = (loss_B + reverse_B) / 2, (gradient_SD + reverse_SD) / 2
     else:
         loss_B, gradient_SD = _own_passages(query_BD, passage_XD, batch, temperature)
     totals = sum_(torch.stack([loss_B.sum(), torch.tensor(float(num_local), dtype=loss_B.dtype, device=device)]))
@@ -176,10 +179,12 @@ def _cached_forward(
     backend: Backend, batch: Batch, token_budget: int, pad_id: int, device: torch.device
 ) -> CachedForward:
     """Agree with all workers on one pass or two and on the number of chunks, or sharded backends would hang."""
-    chunks, one_pass = plan_chunks(batch.length_S, token_budget)
+    most = chunk_tokens(token_budget, device.type)
+    kept = graph_tokens(token_budget, device.type, getattr(backend.module, "bytes_per_token", 0))
+    chunks, one_pass = plan_chunks(batch.length_S, kept, most)
     if world()[1] > 1:
         if largest(int(not one_pass), device):
-            chunks, one_pass = length_chunks(batch.length_S, token_budget), False
+            chunks, one_pass = length_chunks(batch.length_S, most), False
         num_chunks = largest(len(chunks), device)
     else:
         num_chunks = len(chunks)
@@ -206,7 +211,7 @@ def _in_batch(query_BD: Tensor, passage_XD: Tensor, batch: Batch, temperature: f
     positive_key_BK = torch.from_numpy(batch.positive_key_BK).to(device)
     leaf_BD = query_BD.detach().requires_grad_()
     losses = []
-    for rows in torch.arange(len(leaf_BD), device=device).split(ROW_BLOCK):
+    for rows in torch.arange(len(leaf_BD), device=device).split(max(1, LOSS_BLOCK // max(1, len(passage_MD)))):
         loss = global_batch_loss(leaf_BD[rows], passage_MD, target_B[rows], key_M, positive_key_BK[rows], temperature)
         loss.sum().backward()
         losses.append(loss.detach())
@@ -215,6 +220,34 @@ def _in_batch(query_BD: Tensor, passage_XD: Tensor, batch: Batch, temperature: f
     gradient_XD = torch.zeros_like(passage_XD).index_put_((keep_X,), gradient_MD.to(passage_XD.dtype))
     query_gradient_BD = leaf_BD.grad if leaf_BD.grad is not None else torch.zeros_like(leaf_BD)
     return torch.cat(losses) if losses else leaf_BD.new_zeros(0), torch.cat([query_gradient_BD, gradient_XD])
+
+
+def _reverse(query_BD: Tensor, passage_XD: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    """As `_in_batch`, from each row's positive to the queries of all workers."""
+    device, rank = query_BD.device, world()[0]
+    num_local, width = batch.passage_key_BP.shape
+    sizes = gather_sizes(num_local, device)
+    start = sum(sizes[:rank])
+    query_ND = gather_rows(query_BD.detach(), sizes).requires_grad_()
+    # Workers pad positives to their own most: agree on one width before they are gathered.
+    most = largest(batch.positive_key_BK.shape[1], device)
+    padded_BK = np.full((num_local, most), -1, np.int64)
+    padded_BK[:, : batch.positive_key_BK.shape[1]] = batch.positive_key_BK
+    positive_key_NK = gather_rows(torch.from_numpy(padded_BK).to(device), sizes)
+    key_B = torch.from_numpy(batch.passage_key_BP[:, 0].copy()).to(device)
+    target_B = start + torch.arange(num_local, device=device)
+    leaf_BD = passage_XD.detach()[::width].clone().requires_grad_()
+    losses = [leaf_BD.new_zeros(0)]
+    for rows in torch.arange(num_local, device=device).split(max(1, LOSS_BLOCK // max(1, len(query_ND) * most))):
+        loss = reverse_loss(leaf_BD[rows], query_ND, target_B[rows], key_B[rows], positive_key_NK, temperature)
+        loss.sum().backward()
+        losses.append(loss.detach())
+    query_gradient_ND = query_ND.grad if query_ND.grad is not None else torch.zeros_like(query_ND)
+    gradient_BD = sum_(query_gradient_ND)[start : start + num_local].to(query_BD.dtype)
+    gradient_XD = torch.zeros_like(passage_XD)
+    if leaf_BD.grad is not None:
+        gradient_XD[::width] = leaf_BD.grad.to(passage_XD.dtype)
+    return torch.cat(losses), torch.cat([gradient_BD, gradient_XD])
 
 
 def _own_passages(query_BD: Tensor, passage_XD: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,14 @@
 """The loop on a bare machine, through LocalContext: it learns, and an interrupted run ends where an uninterrupted one does."""
 
+import contextlib
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from training import TASKS, global_batch, tiny_base
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from training import TASKS, global_batch, share_of, tiny_base
 
 from tdro_ray.config import LoraSettings, ModelSettings, OptimizeSettings, TrainSettings
 from tdro_ray.dro.files import read_trajectory
@@ -217,3 +220,38 @@ def test_group_dro_keeps_its_weights_over_a_restart(base, tmp_path):
     alphas = [json.loads((f / "alpha.json").read_text())["current"] for f in (broken, whole)]
     assert alphas[0] == alphas[1] and max(alphas[0]) > 0.35
     assert all(torch.equal(a, final_weights(whole)[n]) for n, a in final_weights(broken).items())
+
+
+def _run_worker(rank, num_workers, meeting, base, folder, dro, stop):
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=num_workers)
+    torch.set_num_threads(1)
+
+    def shares(start):
+        batches = iter(batches_for(dro, stop)(start))
+        return (share_of(batch, rank, num_workers) for batch in batches)
+
+    context = LocalContext(shares, folder / "checkpoints", rank=rank, world_size=num_workers)
+    with contextlib.suppress(KeyboardInterrupt):
+        train(job_of(base, folder / "out", dro), context)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dro", [False, True])
+def test_a_run_goes_on_with_another_number_of_workers(base, tmp_path, dro):
+    """Killed after step 3 with two workers, resumed by three: the same global batches, so the same model but for rounding."""
+
+    def run(name, num_workers, stop=STEPS):
+        meeting = tmp_path / f"{name}-{num_workers}"
+        mp.spawn(_run_worker, (num_workers, meeting, base, tmp_path / name, dro, stop), nprocs=num_workers)
+        return sorted((tmp_path / name / "checkpoints").glob("step-*"))[-1]
+
+    whole = run("whole", 2)
+    assert run("broken", 2, stop=3).name == "step-000000002"
+    resumed = run("broken", 3)
+    ours, theirs, start = final_weights(whole), final_weights(resumed), final_weights_of_base(base)
+    moved = max(float((ours[k] - start[k]).abs().max()) for k in ours)
+    assert moved > 1e-3
+    assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 1e-3 * moved
+    if dro:
+        one, two = read_trajectory(whole / "trajectory.parquet"), read_trajectory(resumed / "trajectory.parquet")
+        assert abs(one.alpha_SG - two.alpha_SG).max() < 1e-6

@@ -19,12 +19,14 @@ CPU = torch.device("cpu")
 BIG, SMALL = 100_000, 40  # token budgets: one pass, many chunks
 
 
-def run_step(batch, budget, dropout=0.0, temperature=0.2, measure="ratio", weights=None, group_dro=False):
+def run_step(
+    batch, budget, dropout=0.0, temperature=0.2, measure="ratio", weights=None, group_dro=False, symmetric=False
+):
     """Return (loss, flat gradient summed over workers, detail) of one step in float64."""
     backend = Replicated(dropout_model(torch.float64, dropout), TrainSettings())
     torch.manual_seed(11)
     if batch.reference_BP is None and batch.probe is None:
-        settings = TrainSettings(temperature=temperature, token_budget=budget)
+        settings = TrainSettings(temperature=temperature, token_budget=budget, symmetric=symmetric)
         online = TaskWeights(3, 0.3, float("inf"), absent="zero") if group_dro else None
         result = contrastive_step(backend, batch, settings, TASKS, 0, CPU, online)
     else:
@@ -59,14 +61,14 @@ def test_two_passes_replay_dropout(task):
     cached = run_step(batch, SMALL, dropout=0.3)
     real = step.plan_chunks
     try:
-        step.plan_chunks = lambda lengths, budget: (real(lengths, budget)[0], True)
+        step.plan_chunks = lambda *sizes: (real(*sizes)[0], True)
         kept = run_step(batch, SMALL, dropout=0.3)
     finally:
         step.plan_chunks = real
     assert_close(cached, kept)
 
 
-def naive_gradient(batch, temperature):
+def naive_gradient(batch, temperature, symmetric=False):
     """The homogeneous loss written out row by row, by autograd through one forward per sequence."""
     model = dropout_model(torch.float64, 0.0)
     sequences = np.split(batch.ids, np.cumsum(batch.length_S)[:-1])
@@ -87,7 +89,12 @@ def naive_gradient(batch, temperature):
                     continue
                 terms.append(rep[i] @ rep[num_rows + row * width + p] / temperature)
         positive = rep[i] @ rep[num_rows + i * width] / temperature
-        total = total + torch.logsumexp(torch.stack(terms), 0) - positive
+        loss = torch.logsumexp(torch.stack(terms), 0) - positive
+        if symmetric:
+            others = [j for j in range(num_rows) if j == i or keys[i, 0] not in batch.positive_key_BK[j]]
+            back = torch.stack([rep[j] @ rep[num_rows + i * width] / temperature for j in others])
+            loss = (loss + torch.logsumexp(back, 0) - positive) / 2
+        total = total + loss
     (total / num_rows).backward()
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in model.parameters()])
     return total.item() / num_rows, flat
@@ -101,12 +108,19 @@ def test_the_loss_is_infonce_with_equal_passages_masked(task):
     assert_close(ours, naive)
 
 
+def test_the_symmetric_loss_is_the_mean_of_both_directions():
+    batch = global_batch(9, 3, 0)
+    keys, positives = batch.passage_key_BP[:, 0], batch.positive_key_BK
+    assert any(keys[i] in positives[j] for i in range(9) for j in range(9) if i != j)  # something is masked
+    ours = run_step(batch, SMALL, symmetric=True)
+    assert_close(ours, naive_gradient(batch, 0.2, symmetric=True))
+    assert abs(ours[0] - run_step(batch, SMALL)[0]) > 1e-3
+
+
 def _worker(rank, num_workers, port, cases, out):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_workers)
     torch.set_num_threads(1)
-    results = [
-        run_step(share_of(batch, rank, num_workers), budget, group_dro=online) for batch, budget, online in cases
-    ]
+    results = [run_step(share_of(batch, rank, num_workers), budget, **how) for batch, budget, how in cases]
     if rank == 0:
         torch.save([(loss, grad, detail) for loss, grad, detail in results], out)
     dist.destroy_process_group()
@@ -123,15 +137,12 @@ def free_port():
 @pytest.mark.parametrize("num_workers", [2, 4])
 def test_the_number_of_workers_changes_nothing(tmp_path, num_workers):
     """Loss, every gradient, and in stage 1 alpha; uneven shares, and workers whose chunk counts differ."""
-    cases = [(global_batch(9, 3, task), budget, False) for task in (0, 1, 2, None) for budget in (BIG, SMALL)]
-    cases += [
-        (probed_batch(9, 3, 7), BIG, False),
-        (probed_batch(9, 3, 7), SMALL, False),
-        (global_batch(9, 3, 1), BIG, True),
-    ]
+    cases = [(global_batch(9, 3, task), budget, {}) for task in (0, 1, 2, None) for budget in (BIG, SMALL)]
+    cases += [(probed_batch(9, 3, 7), budget, {}) for budget in (BIG, SMALL)]
+    cases += [(global_batch(9, 3, 1), BIG, {"group_dro": True}), (global_batch(9, 3, 0), SMALL, {"symmetric": True})]
     mp.spawn(_worker, (num_workers, free_port(), cases, tmp_path / "out.pt"), nprocs=num_workers)
-    for (batch, budget, online), found in zip(cases, torch.load(tmp_path / "out.pt", weights_only=False), strict=True):
-        alone = run_step(batch, budget, group_dro=online)
+    for (batch, budget, how), found in zip(cases, torch.load(tmp_path / "out.pt", weights_only=False), strict=True):
+        alone = run_step(batch, budget, **how)
         assert_close(found, alone)
         if "alpha" in found[2]:
             np.testing.assert_allclose(found[2]["alpha"], alone[2]["alpha"], rtol=1e-12)
