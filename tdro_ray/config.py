@@ -17,7 +17,7 @@ from tdro_ray.errors import ConfigError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 Measure = Literal["ratio", "official", "excess", "plain", "log_ratio"]
-Backend = Literal["ddp"]
+Backend = Literal["ddp", "fsdp"]
 
 
 class Settings(BaseModel):
@@ -150,7 +150,7 @@ class ScaleSettings(Settings):
     use_gpu: bool = False
     cpus_per_worker: float = Field(0.5, gt=0)  # below 1 so that Ray Data is never starved on a small machine
     cpus_per_data_task: float = Field(0.25, gt=0)
-    backend: Backend = "ddp"
+    backend: Backend = "ddp"  # how the model is laid over the workers: copies, FSDP2 shards
     max_failures: int = Field(0, ge=-1)  # restarts of a failed worker group; -1 for ever
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
 

@@ -84,7 +84,7 @@ def train_job(run: Run, stage: str, key: str, settings: TrainSettings) -> Any:
     )
     recipe = run.recipe
     return TrainJob(
-        key, base_folder(run), run.path(stage), settings, recipe.model, tasks, recipe.seed, recipe.scale.backend
+        key, base_folder(run), run.path(stage), settings, recipe.model, tasks, recipe.seed, recipe.scale
     )
 
 

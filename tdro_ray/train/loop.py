@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tdro_ray.config import ModelSettings, OptimizeSettings, TrainSettings
+from tdro_ray.config import ModelSettings, OptimizeSettings, ScaleSettings, TrainSettings
 from tdro_ray.data.collate import Batch
 from tdro_ray.dro.files import write_trajectory
 from tdro_ray.dro.weights import TaskWeights, eta_at
@@ -27,6 +27,7 @@ from tdro_ray.train import checkpoint
 from tdro_ray.train.backends import BACKENDS, Backend
 from tdro_ray.train.comm import sum_
 from tdro_ray.train.context import TrainContext
+from tdro_ray.train.optimizer import trained_parameters
 from tdro_ray.train.step import StepResult, TaskSettings, contrastive_step, dro_step
 
 
@@ -41,7 +42,7 @@ class TrainJob:
     model: ModelSettings
     tasks: TaskSettings
     seed: int
-    backend: str = "ddp"
+    scale: ScaleSettings = ScaleSettings()  # of which the backend is read here
 
 
 def train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
@@ -61,8 +62,8 @@ def _train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
     # its last checkpoint and its end: there is nothing to read.
     batches = context.batches(done) if done < settings.steps else iter(())
     torch.manual_seed(job.seed)
-    retriever = trainable(load_retriever(job.base, job.model.dtype), job.model).to(device)
-    backend: Backend = BACKENDS[job.backend](retriever, settings)
+    retriever = trainable(load_retriever(job.base, job.model.dtype), job.model)
+    backend: Backend = BACKENDS[job.scale.backend](retriever, settings, job.scale, device)
     weights = _task_weights(settings, len(job.tasks.names))
     trajectory: list[tuple[int, list[float], list[float]]] = []
     start = _restore(job, found, backend, weights, trajectory)
@@ -83,7 +84,7 @@ def _train(job: TrainJob, context: TrainContext) -> dict[str, Any]:
         start = batch.step + 1
         log.step(batch, result, rate, norm)
         if start % settings.checkpoint_every == 0 or start == settings.steps:
-            _checkpoint(job, context, backend, weights, trajectory, start, retriever)
+            _checkpoint(job, context, backend, weights, trajectory, start)
     if start != settings.steps:
         raise TdroError(
             f"The batches ended after {start} of {settings.steps} steps. Run the stage again: it goes on from its checkpoint."
@@ -153,7 +154,6 @@ def _checkpoint(
     weights: TaskWeights | None,
     trajectory: list[Any],
     step: int,
-    retriever: Retriever,
 ) -> None:
     state = backend.state_dict()
     if context.rank != 0:
@@ -162,11 +162,20 @@ def _checkpoint(
     folder = Path(tempfile.mkdtemp(prefix="tdro-"))
     dro = None if weights is None else {"weights": weights.state_dict(), "trajectory": trajectory}
     if step == job.settings.steps:
-        save_retriever(retriever, job.base, folder / "model")
+        save_retriever(_finished(job, state["parameters"]), job.base, folder / "model")
         if weights is not None:
             _write_weights(folder, job, weights, trajectory)
     checkpoint.write(folder, step, job.key, state, dro)
     context.report({"step": step}, folder)
+
+
+def _finished(job: TrainJob, parameters: dict[str, torch.Tensor]) -> Retriever:
+    """Return the base model with the trained parameters in host memory: the trained module itself may be in shards."""
+    retriever = trainable(load_retriever(job.base, job.model.dtype), job.model)
+    with torch.no_grad():
+        for name, p in trained_parameters(retriever).items():
+            p.copy_(parameters[name])
+    return retriever
 
 
 def _write_weights(folder: Path, job: TrainJob, weights: TaskWeights, trajectory: list[Any]) -> None:

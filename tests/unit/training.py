@@ -114,3 +114,12 @@ def share_of(batch: Batch, rank: int, num_workers: int) -> Batch:
         np.array([len(s) for s in mine], np.int64),
         None if batch.reference_BP is None else batch.reference_BP[part],
     )
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
