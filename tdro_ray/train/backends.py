@@ -11,6 +11,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from tdro_ray.config import ScaleSettings, TrainSettings
 from tdro_ray.train.comm import sum_
+from tdro_ray.train.deepspeed_zero import Zero
 from tdro_ray.train.fsdp import FullyShard
 from tdro_ray.train.optimizer import MakeOptimizer, adamw, parameter_groups, read_state, trained_parameters, write_state
 
@@ -76,4 +77,10 @@ class Replicated:
         write_state(self.module, self.optimizer, state, lambda whole, like: whole.to(like.device, copy=True))
 
 
-BACKENDS: dict[str, Callable[..., Backend]] = {"ddp": Replicated, "fsdp": FullyShard}
+BACKENDS: dict[str, Callable[..., Backend]] = {
+    "ddp": Replicated,
+    "fsdp": FullyShard,
+    "zero1": Zero,
+    "zero2": Zero,
+    "zero3": Zero,
+}

@@ -11,7 +11,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class TrainJob:
     model: ModelSettings
     tasks: TaskSettings
     seed: int
-    scale: ScaleSettings = ScaleSettings()  # of which the backend is read here
+    scale: ScaleSettings = field(default_factory=ScaleSettings)  # of which the backend is read here
 
 
 def train(job: TrainJob, context: TrainContext) -> dict[str, Any]:

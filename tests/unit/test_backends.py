@@ -20,6 +20,7 @@ LORA = LoraSettings(r=4, targets=("q_proj", "v_proj", "down_proj"))
 CASES = [
     (lora, optimizer, budget) for lora in (None, LORA) for optimizer in ("sgd", "adamw") for budget in (SMALL, BIG)
 ]
+SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # tiny tensors too
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
 
 
@@ -79,6 +80,12 @@ def assert_backends_match(scales, tmp_path):
 def test_sharded_updates_are_those_of_one_plain_process(tmp_path):
     """Five float32 steps, full and LoRA, one pass and chunks that differ in number between the workers."""
     assert_backends_match([ScaleSettings(backend="ddp"), ScaleSettings(backend="fsdp")], tmp_path)
+
+
+@pytest.mark.long
+def test_zero_updates_are_those_of_one_plain_process(tmp_path):
+    stages = [ScaleSettings(backend=f"zero{n}", deepspeed=SHARD_ALL if n == 3 else {}) for n in (1, 2, 3)]
+    assert_backends_match(stages, tmp_path)
 
 
 # The loop
@@ -163,3 +170,10 @@ def tiny_weights(base):
 def test_a_sharded_run_resumes_bitwise_and_on_another_number_of_workers(tmp_path):
     fsdp, ddp = ScaleSettings(backend="fsdp"), ScaleSettings(backend="ddp")
     assert_resumes(fsdp, tmp_path, others=[(fsdp, 1), (ddp, 1)])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_zero_run_resumes_and_another_backend_goes_on_from_it(tmp_path, stage):
+    zero = ScaleSettings(backend=f"zero{stage}", deepspeed=SHARD_ALL if stage == 3 else {})
+    assert_resumes(zero, tmp_path, others=[(ScaleSettings(backend="ddp"), 1)])
