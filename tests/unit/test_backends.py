@@ -9,6 +9,7 @@ from training import TASKS, dropout_model, free_port, global_batch, share_of, ti
 from tdro_ray.config import LoraSettings, ModelSettings, OptimizeSettings, ScaleSettings, TrainSettings
 from tdro_ray.train.backends import BACKENDS, Replicated
 from tdro_ray.train.context import LocalContext
+from tdro_ray.train.deepspeed_zero import engine_config
 from tdro_ray.train.loop import TrainJob, train, trainable
 from tdro_ray.train.optimizer import adamw
 from tdro_ray.train.step import contrastive_step
@@ -85,7 +86,32 @@ def test_sharded_updates_are_those_of_one_plain_process(tmp_path):
 @pytest.mark.long
 def test_zero_updates_are_those_of_one_plain_process(tmp_path):
     stages = [ScaleSettings(backend=f"zero{n}", deepspeed=SHARD_ALL if n == 3 else {}) for n in (1, 2, 3)]
+    stages += [
+        s.model_copy(update={"offload": o}) for s, o in zip(stages[1:], ("optimizer", "parameters"), strict=True)
+    ]
     assert_backends_match(stages, tmp_path)
+
+
+def test_deepspeeds_configuration_is_ours_with_the_recipes_over_it():
+    scale = ScaleSettings(backend="zero3", offload="parameters", deepspeed={"zero_optimization": {"sub_group_size": 7}})
+    found = engine_config(TrainSettings(max_grad_norm=0.3), scale, torch.bfloat16, 1000)
+    assert found["gradient_clipping"] == 0.3 and found["bf16"] == {"enabled": True}
+    zero = found["zero_optimization"]
+    assert (zero["stage"], zero["sub_group_size"], zero["reduce_bucket_size"]) == (3, 7, 1000)
+    assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"backend": "fsdp", "offload": "optimizer"}, "no effect under backend fsdp"),
+        ({"deepspeed": {"wall_clock_breakdown": True}}, "no effect under backend ddp"),
+        ({"backend": "zero2", "offload": "parameters"}, "needs scale.backend=zero3"),
+    ],
+)
+def test_settings_that_a_backend_does_not_take_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        ScaleSettings(**settings)
 
 
 # The loop
