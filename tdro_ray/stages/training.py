@@ -83,9 +83,7 @@ def train_job(run: Run, stage: str, key: str, settings: TrainSettings) -> Any:
         in_batch=tuple(c.manifest.info.in_batch for c in found),
     )
     recipe = run.recipe
-    return TrainJob(
-        key, base_folder(run), run.path(stage), settings, recipe.model, tasks, recipe.seed, recipe.scale
-    )
+    return TrainJob(key, base_folder(run), run.path(stage), settings, recipe.model, tasks, recipe.seed, recipe.scale)
 
 
 def batch_recipe(
