@@ -17,7 +17,7 @@ from tdro_ray.errors import ConfigError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 Measure = Literal["ratio", "official", "excess", "plain", "log_ratio"]
-Backend = Literal["ddp"]
+Backend = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
 ExportFormat = Literal["hf", "lora", "onnx"]
 
 
@@ -195,9 +195,23 @@ class ScaleSettings(Settings):
     use_gpu: bool = False
     cpus_per_worker: float = Field(0.5, gt=0)  # below 1 so that Ray Data is never starved on a small machine
     cpus_per_data_task: float = Field(0.25, gt=0)
-    backend: Backend = "ddp"
+    backend: Backend = "ddp"  # copies on every worker, FSDP2 shards, or DeepSpeed ZeRO
+    offload: Literal["none", "optimizer", "parameters"] = "none"  # to host memory; the zero backends only
+    deepspeed: dict[str, Any] = {}  # merged over the DeepSpeed configuration that the settings make
     max_failures: int = Field(0, ge=-1)  # restarts of a failed worker group; -1 for ever
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+
+    @model_validator(mode="after")
+    def _backend_takes(self) -> ScaleSettings:
+        if not self.backend.startswith("zero") and (self.offload != "none" or self.deepspeed):
+            raise ValueError(
+                f"scale.offload and scale.deepspeed have no effect under backend {self.backend}: set scale.backend to zero1, zero2 or zero3"
+            )
+        if self.offload == "parameters" and self.backend != "zero3":
+            raise ValueError(
+                f"scale.offload=parameters needs scale.backend=zero3, it is {self.backend}; optimizer works"
+            )
+        return self
 
 
 class EvaluateSettings(Settings):

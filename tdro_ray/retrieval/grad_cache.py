@@ -13,7 +13,6 @@ The gradient is the same either way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,14 +44,16 @@ class CachedForward:
 
     `run(chunk) -> (len(chunk), D)` encodes the sequences at the given indices. `num_chunks` may exceed this worker's
     own chunks: sharded backends need the same number of forwards everywhere, the surplus runs weigh zero.
-    `sync(last)` wraps each backward; a backend that reduces gradients in hooks does so under `sync(True)` only.
+    `push(outputs, gradients, last)` is one backward; a backend that reduces gradients in hooks does so in the last only.
     """
 
     run: Callable[[Ints], Tensor]
     chunks: list[Ints]
     one_pass: bool
     num_chunks: int
-    sync: Callable[[bool], AbstractContextManager[Any]] = lambda last: nullcontext()
+    push: Callable[[list[Tensor], list[Tensor], bool], None] = lambda out, grad, last: torch.autograd.backward(
+        out, grad
+    )
     _kept: list[Tensor] = field(default_factory=list)
     _random: list[Any] = field(default_factory=list)
 
@@ -79,13 +80,12 @@ class CachedForward:
         gradients = [gradient_SD[torch.from_numpy(c).to(gradient_SD.device)] for c in self.chunks]
         gradients += [torch.zeros_like(gradients[0][:1]) for _ in chunks[len(self.chunks) :]]
         if self.one_pass:
-            with self.sync(True):
-                torch.autograd.backward(self._kept, gradients)
+            self.push(self._kept, gradients, True)
             self._kept.clear()
             return
         for i, (chunk, gradient) in enumerate(zip(chunks, gradients, strict=True)):
-            with self.sync(i == len(chunks) - 1), _replayed(self._random[i]):
-                torch.autograd.backward(self.run(chunk), gradient)
+            with _replayed(self._random[i]):
+                self.push([self.run(chunk)], [gradient], i == len(chunks) - 1)
         self._random.clear()
 
     def _padded_chunks(self) -> list[Ints]:

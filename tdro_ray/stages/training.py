@@ -106,7 +106,7 @@ def train_job(
         recipe.model,
         tasks,
         recipe.seed,
-        recipe.scale.backend,
+        recipe.scale,
         snapshots,
         log_to,
     )

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from tdro_ray.config import TrainSettings
+from tdro_ray.config import ScaleSettings, TrainSettings
 from tdro_ray.train.comm import sum_
+from tdro_ray.train.deepspeed_zero import Zero
+from tdro_ray.train.fsdp import FullyShard
+from tdro_ray.train.optimizer import MakeOptimizer, adamw, parameter_groups, read_state, trained_parameters, write_state
 
 
 class Backend(Protocol):
     """One optimiser step over a module that may be sharded. Gradients are *summed* over workers: the loss is a share
     of a global mean."""
 
-    module: nn.Module
+    module: nn.Module  # call this one; its parameters may be shards
 
-    def sync(self, last: bool) -> AbstractContextManager[Any]:
-        """Wrap one backward; `last` is the step's last."""
+    def backward(self, outputs: list[Tensor], gradients: list[Tensor], last: bool) -> None:
+        """Add the gradient of ``sum(gradient * output)`` to the parameters; `last` is the step's last call."""
         ...
 
     def update(self, learning_rate: float) -> float:
@@ -28,25 +31,32 @@ class Backend(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole trainable parameters and optimiser state, gathered; called by all ranks, used by rank 0."""
+        """Whole trainable parameters and optimiser state by name (see `read_state`); called by all ranks, whole on rank 0."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what any backend's `state_dict` gave, on any number of workers; every rank passes the whole of it."""
+        ...
 
 
 class Replicated:
     """A copy of the model on every worker, one gradient all-reduce per step (what DDP does under `no_sync` for all
     but the last backward, without its hooks, which several forwards per backward would confuse)."""
 
-    def __init__(self, module: nn.Module, settings: TrainSettings) -> None:
-        self.module, self.settings = module, settings
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(module, settings.weight_decay), lr=settings.learning_rate, fused=True
-        )
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: TrainSettings,
+        scale: ScaleSettings | None = None,
+        device: torch.device | None = None,
+        make_optimizer: MakeOptimizer = adamw,
+    ) -> None:
+        self.module, self.settings = module.to(device), settings
+        self.parameters = list(trained_parameters(module).values())
+        self.optimizer = make_optimizer(parameter_groups(module, settings.weight_decay), settings.learning_rate)
 
-    def sync(self, last: bool) -> AbstractContextManager[Any]:
-        return nullcontext()
+    def backward(self, outputs: list[Tensor], gradients: list[Tensor], last: bool) -> None:
+        torch.autograd.backward(outputs, gradients)
 
     def update(self, learning_rate: float) -> float:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
@@ -61,24 +71,16 @@ class Replicated:
         return float(norm)
 
     def state_dict(self) -> dict[str, Any]:
-        trained = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
-        return {"parameters": trained, "optimizer": self.optimizer.state_dict()}
+        return read_state(self.module, self.optimizer, lambda tensor: tensor)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        own: dict[str, Tensor] = dict(self.module.named_parameters())
-        with torch.no_grad():
-            for name, value in state["parameters"].items():
-                own[name].copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        write_state(self.module, self.optimizer, state, lambda whole, like: whole.to(like.device, copy=True))
 
 
-BACKENDS: dict[str, type[Replicated]] = {"ddp": Replicated}
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW groups: matrices decay, vectors (norms, biases) do not."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+BACKENDS: dict[str, Callable[..., Backend]] = {
+    "ddp": Replicated,
+    "fsdp": FullyShard,
+    "zero1": Zero,
+    "zero2": Zero,
+    "zero3": Zero,
+}

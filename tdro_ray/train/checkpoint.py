@@ -51,7 +51,7 @@ def read(folder: Path, key: str) -> tuple[int, dict[str, Any], dict[str, Any] | 
     """Return (steps done, backend state, stage-1 state). Raises CheckpointError for another run's or a damaged one."""
     steps, _ = progress(folder, key)
     try:
-        state = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True)
+        state = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True, mmap=True)
         dro = folder / "dro.pt"
         return steps, state, torch.load(dro, weights_only=True) if dro.exists() else None
     except (OSError, ValueError, RuntimeError) as err:

@@ -17,6 +17,13 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
+def alone(device: torch.device) -> None:
+    """Make this process a group of one where it is in none: sharding backends need a group."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 def gather_rows(local_B: Tensor, sizes: list[int] | None = None) -> Tensor:
     """Return all workers' rows in rank order: (N, …). No gradient flows through it.
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tdro_ray.config import ModelSettings, OptimizeSettings, TrainSettings
+from tdro_ray.config import ModelSettings, OptimizeSettings, ScaleSettings, TrainSettings
 from tdro_ray.data.collate import Batch
 from tdro_ray.dro.files import write_trajectory
 from tdro_ray.dro.weights import TaskWeights, converged, eta_at, tail_mean
@@ -30,6 +30,7 @@ from tdro_ray.train.backends import BACKENDS, Backend
 from tdro_ray.train.comm import sum_
 from tdro_ray.train.context import TrainContext
 from tdro_ray.train.nonfinite import NonFiniteGradient, NonFiniteLoss, Skips
+from tdro_ray.train.optimizer import trained_parameters
 from tdro_ray.train.sinks import LogTo, Sinks
 from tdro_ray.train.step import StepResult, TaskSettings, contrastive_step, dro_step
 
@@ -45,7 +46,7 @@ class TrainJob:
     model: ModelSettings
     tasks: TaskSettings
     seed: int
-    backend: str = "ddp"
+    scale: ScaleSettings = field(default_factory=ScaleSettings)  # of which the backend is read here
     snapshots: tuple[int, ...] = ()  # steps after which the model is also kept, as out/start-<step>
     log_to: LogTo = field(default_factory=LogTo)  # dashboards
 
@@ -68,8 +69,8 @@ def _train(job: TrainJob, context: TrainContext, closing: ExitStack) -> dict[str
     # its last checkpoint and its end: there is nothing to read.
     batches = iter(()) if finished else context.batches(done)
     torch.manual_seed(job.seed)
-    retriever = trainable(load_retriever(job.base, job.model.dtype), job.model).to(device)
-    backend: Backend = BACKENDS[job.backend](retriever, settings)
+    retriever = trainable(load_retriever(job.base, job.model.dtype), job.model)
+    backend: Backend = BACKENDS[job.scale.backend](retriever, settings, job.scale, device)
     weights = _task_weights(settings, len(job.tasks.names))
     trajectory: list[tuple[int, list[float], list[float]]] = []
     start = _restore(job, found, backend, weights, trajectory)
@@ -102,9 +103,9 @@ def _train(job: TrainJob, context: TrainContext, closing: ExitStack) -> dict[str
         log.step(batch, result, rate, norm)
         finished = start == settings.steps or _converged(settings, trajectory)
         if start in job.snapshots:
-            _snapshot(job, context, retriever, start)
+            _snapshot(job, context, backend, start)
         if finished or start % settings.checkpoint_every == 0:
-            _checkpoint(job, context, backend, weights, trajectory, start, retriever, finished)
+            _checkpoint(job, context, backend, weights, trajectory, start, finished)
         if finished:
             break
     if not finished:
@@ -151,14 +152,15 @@ def _converged(settings: TrainSettings, trajectory: list[Any]) -> bool:
     return moving and converged(recent_SG, settings.tolerance, settings.window)
 
 
-def _snapshot(job: TrainJob, context: TrainContext, retriever: Retriever, step: int) -> None:
-    """Keep the model as it is now, beside what the run goes on to."""
+def _snapshot(job: TrainJob, context: TrainContext, backend: Backend, step: int) -> None:
+    """Keep the model as it is now, beside what the run goes on to. All ranks call it."""
+    state = backend.state_dict()
     if context.rank != 0:
         return
     arriving, target = job.out / f".start-{step}", job.out / f"start-{step}"
     for folder in (arriving, target):
         shutil.rmtree(folder, ignore_errors=True)
-    save_retriever(retriever, job.base, arriving)
+    save_retriever(_finished(job, state["parameters"]), job.base, arriving)
     arriving.rename(target)
 
 
@@ -196,7 +198,6 @@ def _checkpoint(
     weights: TaskWeights | None,
     trajectory: list[Any],
     step: int,
-    retriever: Retriever,
     finished: bool,
 ) -> None:
     state = backend.state_dict()
@@ -206,11 +207,20 @@ def _checkpoint(
     folder = Path(tempfile.mkdtemp(prefix="tdro-"))
     dro = None if weights is None else {"weights": weights.state_dict(), "trajectory": trajectory}
     if finished:
-        save_retriever(retriever, job.base, folder / "model")
+        save_retriever(_finished(job, state["parameters"]), job.base, folder / "model")
         if weights is not None:
             _write_weights(folder, job, weights, trajectory)
     checkpoint.write(folder, step, job.key, state, dro, finished)
     context.report({"step": step}, folder)
+
+
+def _finished(job: TrainJob, parameters: dict[str, torch.Tensor]) -> Retriever:
+    """Return the base model with the trained parameters in host memory: the trained module itself may be in shards."""
+    retriever = trainable(load_retriever(job.base, job.model.dtype), job.model)
+    with torch.no_grad():
+        for name, p in trained_parameters(retriever).items():
+            p.copy_(parameters[name])
+    return retriever
 
 
 def _write_weights(folder: Path, job: TrainJob, weights: TaskWeights, trajectory: list[Any]) -> None:

@@ -19,6 +19,7 @@ from tdro_ray.data.stream import PlanDataConfig, batches_of
 from tdro_ray.errors import TdroError
 from tdro_ray.train import checkpoint
 from tdro_ray.train.loop import TrainJob, train
+from tdro_ray.train.memory import check_memory, read_shape
 
 
 class RayContext:
@@ -50,8 +51,12 @@ def run(job: TrainJob, batches: BatchRecipe, scale: ScaleSettings, storage: str,
     """Train on a Ray worker group and return the loop's summary; the finished model is put into `job.out / "model"`.
 
     `storage` is a folder or URL that all nodes see; the run called `name` goes on from its newest checkpoint there.
-    Raises the worker's own TdroError where it is one.
+    Raises the worker's own TdroError where it is one, and ResourceError before any start where memory will not do.
     """
+    shape, available = read_shape(job.base, job.model.lora), _memory_per_worker(scale)
+    if shape is not None and available is not None:
+        section = job.out.name.split("-")[0]  # the stage's folder is named after the recipe's section
+        check_memory(shape, job.model, job.settings, scale, available, section)
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard shows Train runs only with it
     os.environ.setdefault(
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
@@ -86,6 +91,17 @@ def run(job: TrainJob, batches: BatchRecipe, scale: ScaleSettings, storage: str,
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     return train(config["job"], RayContext())
+
+
+def _memory_per_worker(scale: ScaleSettings) -> float | None:
+    """Bytes that a worker can have: of a GPU where this machine has one, else its part of the nodes' memory.
+
+    None where this process cannot see the GPUs: another machine's may be larger.
+    """
+    if scale.use_gpu:
+        return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+    total = ray.cluster_resources()  # the object store is shared memory: mostly empty pages
+    return (total.get("memory", 0.0) + total.get("object_store_memory", 0.0)) / scale.num_workers or None
 
 
 def _no_dataset() -> None:

@@ -192,7 +192,7 @@ def _cached_forward(
     def run(chunk: np.ndarray) -> Tensor:
         return backend.module(*to_tensors(batch.ids, batch.offset_S, batch.length_S, chunk, pad_id, device))
 
-    return CachedForward(run, chunks, one_pass, num_chunks, backend.sync)
+    return CachedForward(run, chunks, one_pass, num_chunks, backend.backward)
 
 
 def _in_batch(query_BD: Tensor, passage_XD: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from training import TASKS, dropout_model, global_batch, probed_batch, share_of
+from training import TASKS, dropout_model, free_port, global_batch, probed_batch, share_of
 
 from tdro_ray.config import OptimizeSettings, TrainSettings
 from tdro_ray.dro.weights import TaskWeights
@@ -124,14 +124,6 @@ def _worker(rank, num_workers, port, cases, out):
     if rank == 0:
         torch.save([(loss, grad, detail) for loss, grad, detail in results], out)
     dist.destroy_process_group()
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.mark.parametrize("num_workers", [2, 4])

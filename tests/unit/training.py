@@ -122,3 +122,12 @@ def probed_batch(num_rows: int, num_passages: int, num_probed: int, step: int = 
     """A stage-1 batch that is trained on without reference similarities, and measured on other rows that have them."""
     probe = global_batch(num_probed, num_passages, None, seed=9, step=step)
     return replace(global_batch(num_rows, num_passages, None, step=step), reference_BP=None, probe=probe)
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
