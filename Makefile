@@ -39,8 +39,8 @@ lock: $(SETUP)
 	echo 'torch==2.13.0' > $(VENV)/constraints.txt
 	$(BIN)/pip-compile --quiet --strip-extras --allow-unsafe --no-annotate --no-header \
 	  --no-emit-index-url --no-emit-find-links --no-emit-options \
-	  --extra cpu,train,serve,dev --constraint $(VENV)/constraints.txt --output-file $(VENV)/lock.txt pyproject.toml
-	{ echo '# Everything for Python 3.11 on a CPU, extras cpu, train, serve, dev. Made by `make lock`.'; \
+	  --extra cpu,train,serve,onnx,dev --constraint $(VENV)/constraints.txt --output-file $(VENV)/lock.txt pyproject.toml
+	{ echo '# Everything for Python 3.11 on a CPU, extras cpu, train, serve, onnx, dev. Made by `make lock`.'; \
 	  sed -E -e '/^(#|pip==|$$)/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' $(VENV)/lock.txt; } > requirements.lock
 
 clean:

@@ -140,7 +140,7 @@ def _weights(folders: Sequence[Path], stage: str, start: str) -> dict[str, Any]:
     ranks = []
     for folder, alpha in zip(folders, alphas, strict=True):
         loss_G = _reference_loss(folder / "stages" / stage / "metrics.jsonl")
-        if len(loss_G) == len(alpha) > 2:
+        if len(loss_G) == len(alpha) > 2 and np.ptp(loss_G) > 0 and np.ptp(list(alpha.values())) > 0:
             ranks.append(float(spearmanr(list(alpha.values()), loss_G).statistic))
     tasks = {task: interval([alpha[task] for alpha in alphas]) for task in alphas[0]}
     return {

@@ -9,12 +9,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
-from fake_run import make_run
+from fake_run import make_compared_run, make_run
 
 from tdro_ray.report.page import write_report
 
@@ -89,6 +90,25 @@ def test_the_console_check_sees_what_the_page_forbids(report: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("width", [1280, 900, 390])
 def test_plots_fill_the_width_and_nothing_overflows(report: Path, tmp_path: Path, width: int) -> None:
+    page = measured(report, tmp_path, width)
+    assert len(page["plots"]) == 6
+    assert page["searches"] == 2
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_comparison_over_seeds_has_its_plots_too(compared: Path, tmp_path: Path, width: int) -> None:
+    """Beside the six: the map of all mixtures, the mixtures over seeds, the weights over seeds, the influence."""
+    assert len(measured(compared, tmp_path, width)["plots"]) == 10
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tasks = [f"collection-{i}-{'of_questions' * (i % 3)}" for i in range(18)]
+    return write_report(make_compared_run(tmp_path_factory.mktemp("runs") / "real", tasks))
+
+
+def measured(report: Path, tmp_path: Path, width: int) -> dict[str, Any]:
+    """What a browser of that width makes of the page, once checked for what no width may show."""
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", report.read_text(encoding="utf-8"))
     outer = tmp_path / "outer.html"
     outer.write_text(MEASURE.format(page=html.escape(text), width=width), encoding="utf-8")
@@ -99,7 +119,6 @@ def test_plots_fill_the_width_and_nothing_overflows(report: Path, tmp_path: Path
     page = json.loads(html.unescape(found[1]))
     assert page["width"] in range(width - 20, width + 1)  # less a scroll bar
     assert page["scroll"] <= page["width"]  # the page never scrolls sideways, only boxes within it do
-    assert len(page["plots"]) == 6
     for left, right, across, high in page["plots"]:
         assert left >= 0
         assert right <= page["width"]
@@ -108,4 +127,4 @@ def test_plots_fill_the_width_and_nothing_overflows(report: Path, tmp_path: Path
     assert page["cut"] == []  # no label runs out of its plot
     assert set(page["ink"]) != {"rgb(0, 0, 0)"}  # the colour variables are resolved
     assert all(right <= page["width"] for _, right, _, _ in page["tables"])
-    assert page["searches"] == 2
+    return dict(page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from tdro_ray.config import Recipe
 from tdro_ray.dro.files import WeightFile, write_trajectory, write_weights
 from tdro_ray.evaluate.benchmark import summarise
+from tdro_ray.evaluate.seeds import summarise as summarise_seeds
 
 TASKS = [
     "docstring_to_code",
@@ -50,6 +52,35 @@ def make_run(
     write_stages(folder, tasks, sizes, untested, queries)
     write_results(folder, rng, [t for t in tasks if t != untested], gain, queries)
     write_json(folder / "serve.json", {"url": "http://127.0.0.1:8000", "queries": searches()})
+    return folder
+
+
+def make_compared_run(folder: Path, tasks: list[str] | None = None) -> Path:
+    """Write a run of seven mixtures under three seeds, with what `tdro influence` adds, and return its folder."""
+    folders = [folder, folder / "seeds" / "43", folder / "seeds" / "44"]
+    for i, seed in enumerate(folders):
+        make_run(seed, tasks, gain=0.02 + 0.01 * i, drift=0.1 + 0.03 * i, queries=40)
+        for model in ("proportional", "n^0.5", "group_dro", "official", "official.top70"):
+            for ending in (".json", ".per_query.json"):
+                shutil.copy2(seed / "eval" / f"top70{ending}", seed / "eval" / f"{model}{ending}")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", config | {"seeds": 3})
+    write_json(
+        folder / "seeds.json", {"seeds": [42, 43, 44], **summarise_seeds(folders, {"": ("optimize", "")}, "uniform")}
+    )
+    names = tasks or TASKS
+    rng = np.random.default_rng(3)
+    scores = {task: float(rng.uniform(0.3, 0.8)) for task in names}
+    without = {left: {t: s + float(rng.normal(0, 0.02)) for t, s in scores.items()} for left in names}
+    record = {
+        "measure": "ndcg@10",
+        "tasks": names,
+        "all": scores,
+        "without": without,
+        "noise": dict.fromkeys(names, 0.01),
+        "steps": 40,
+    }
+    write_json(folder / "influence" / "influence.json", record)
     return folder
 
 
