@@ -22,6 +22,8 @@ from tdro_ray.types import Kind, RetrieverSpec
 
 ADAPTER = "adapter"  # folder in a model folder: the LoRA adapter alone, beside the merged weights
 
+CPU_ENCODE_TOKENS = 2048  # padded tokens of a forward on a CPU: what its caches hold, 1.5 times as fast as 16,384
+
 
 class Retriever(nn.Module):
     """Backbone and pooling as one module: token ids in, unit vectors out. Queries and passages share it."""
@@ -74,6 +76,8 @@ class Encoder:
             return out_ND
         flat = np.concatenate([np.asarray(s, np.int32) for s in sequences])
         offset_N = np.cumsum(length_N) - length_N
+        if torch.device(self.device).type == "cpu":
+            batch_tokens = min(batch_tokens, CPU_ENCODE_TOKENS)
         for chunk in length_chunks(length_N, batch_tokens):
             ids_BT, mask_BT = to_tensors(flat, offset_N, length_N, chunk, self.spec.pad_token_id, self.device)
             out_ND[chunk] = self.retriever(ids_BT, mask_BT).cpu().numpy()
