@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tdro_ray.data.collection import Collection, CollectionStore
 from tdro_ray.data.plan import Plan, draw_negatives, shares
 from tdro_ray.errors import DataError
 from tdro_ray.model.tokenize import TextTokenizer
+
+if TYPE_CHECKING:
+    from tdro_ray.data.collection import Collection
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Collator:
     """Opens what a BatchRecipe names, once per process, and makes batches."""
 
     def __init__(self, recipe: BatchRecipe) -> None:
+        from tdro_ray.data.collection import CollectionStore  # here: the loop needs a Batch, and not Arrow
+
         self.recipe = recipe
         self.tokenizer = TextTokenizer(recipe.model)
         store = CollectionStore(recipe.store)
