@@ -13,7 +13,15 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from tdro_ray import stages
-from tdro_ray.config import ModelSettings, ScaleSettings, TrainSettings, runs_root, store_folder
+from tdro_ray.config import (
+    ModelSettings,
+    ScaleSettings,
+    TrainSettings,
+    least_workers,
+    most_workers,
+    runs_root,
+    store_folder,
+)
 from tdro_ray.display import table
 from tdro_ray.errors import CheckpointError, TdroError
 from tdro_ray.pipeline import Run, read_json
@@ -139,7 +147,7 @@ def _training(run: Look, name: str, settings: TrainSettings, shapes: ModelShapes
     if shapes is None:
         return Training(settings, tokens, how, None, "")
     model, scale = run.recipe.model, run.recipe.scale
-    workers = max(1, scale.num_workers)
+    workers = max(1, least_workers(scale))
     per_s = workers * (GPU_FLOPS[model.dtype] if scale.use_gpu else CPU_FLOPS)
     per_token = estimate_flops(shapes, settings, model, tokens / settings.steps / workers)
     if name.startswith("score"):
@@ -231,11 +239,9 @@ def _model_fact(run: Look, shapes: ModelShapes | None, reason: str) -> str:
 def _memory_fact(run: Look, shapes: ModelShapes | None, trainings: Mapping[str, Training]) -> str:
     scale, model = run.recipe.scale, run.recipe.model
     kind = "GPU" if scale.use_gpu else "CPU"
-    where = (
-        f"{scale.num_workers} {kind} worker{'s' if scale.num_workers > 1 else ''}"
-        if scale.num_workers
-        else f"1 process, {kind}"
-    )
+    least, most = least_workers(scale), most_workers(scale)
+    number = f"{most}" if least == most else f"{least} to {most}"
+    where = f"{number} {kind} worker{'s' if most > 1 else ''}" if most else f"1 process, {kind}"
     if shapes is None:
         return f"Memory   unknown ({where}): it follows from the parameters"
     need = {

@@ -18,7 +18,8 @@ def run(job: TrainJob, batches: BatchRecipe, use_gpu: bool, storage: str, name: 
 
     Goes on from the newest checkpoint in the folder `name` of `storage`.
     """
-    context = LocalContext(partial(local_batches, batches), Path(storage) / name, "cuda" if use_gpu else "cpu")
+    device, keep = "cuda" if use_gpu else "cpu", job.scale.keep_checkpoints
+    context = LocalContext(partial(local_batches, batches), Path(storage) / name, device, keep=keep)
     summary = train(job, context)
     newest = context.latest_checkpoint()
     assert newest is not None, "a run ends with a checkpoint"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tdro_ray.config import LoraSettings, ModelSettings, ScaleSettings, TrainSettings
+from tdro_ray.config import LoraSettings, ModelSettings, ScaleSettings, TrainSettings, least_workers
 from tdro_ray.errors import ResourceError
 
 RUNTIME = 1.0e9  # Python, torch, transformers, collectives; on a GPU the CUDA context and NCCL's buffers
@@ -59,7 +59,7 @@ def estimate(
 ) -> dict[str, float]:
     """Return bytes of one worker by part: weights, gradients, optimiser, activations, embeddings, runtime."""
     width = 2 if model.dtype == "bfloat16" else 4
-    backend, n = scale.backend, scale.num_workers
+    backend, n = scale.backend, max(1, least_workers(scale))
     # peft keeps adapters in float32; DeepSpeed brings everything to the model's type, beside float32 copies.
     trained_width = width if model.lora is None or backend.startswith("zero") else 4
     whole, trained = shape.parameters * width, shape.trained * trained_width
@@ -139,7 +139,7 @@ def _mends(
     """Settings that could lower the need, each alone."""
     tried: list[tuple[str, ModelSettings, TrainSettings, ScaleSettings]] = []
     for backend in ("fsdp", "zero2", "zero3"):
-        if scale.backend != backend and scale.num_workers > 1:
+        if scale.backend != backend and least_workers(scale) > 1:
             clean = {"backend": backend, "offload": "none", "deepspeed": {}}
             tried.append((f"scale.backend={backend}", model, settings, scale.model_copy(update=clean)))
     if scale.backend.startswith("zero") and scale.offload == "none" and scale.use_gpu:
