@@ -15,6 +15,7 @@ from typing import Any
 
 from tdro_ray.config import LoraSettings, ModelSettings, ScaleSettings, TrainSettings, least_workers
 from tdro_ray.errors import ResourceError
+from tdro_ray.model.shapes import ModelShapes
 
 RUNTIME = 1.0e9  # Python, torch, transformers, collectives; on a GPU the CUDA context and NCCL's buffers
 LIVE_STAGE3 = 1e9  # parameters that ZeRO-3 keeps whole at once, its default
@@ -52,6 +53,14 @@ def read_shape(folder: Path, lora: LoraSettings | None) -> ModelShape | None:
     return ModelShape(
         parameters, trained, in_block, layers, hidden, int(config.get("intermediate_size", 4 * hidden) or 4 * hidden)
     )
+
+
+def shape_of(shapes: ModelShapes, lora: LoraSettings | None) -> ModelShape:
+    """Return the shape of a model whose parameters' shapes alone are known."""
+    in_layers = [s for name, s in shapes.shapes.items() if re.search(r"\.\d+\.", f".{name}")]
+    block = sum(_size(list(s)) for s in in_layers) // max(1, shapes.layers)
+    widest = max((max(s) for s in in_layers), default=4 * shapes.hidden)
+    return ModelShape(shapes.parameters, shapes.trainable(lora), block, shapes.layers, shapes.hidden, widest)
 
 
 def estimate(

@@ -49,7 +49,8 @@ def test_a_killed_run_goes_on_from_the_object_store(s3, tmp_path):
     recipe = write_recipe(tmp_path, make_collections(tmp_path / "source"))
     runs, metrics = tmp_path / "runs", tmp_path / "runs" / "small" / "stages" / "reference" / "metrics.jsonl"
     changes = [f"scale.storage=s3://{BUCKET}/here", "scale.num_workers=[1, 2]", "scale.keep_checkpoints=2"]
-    command = ["reference", recipe, *(part for c in changes for part in ("--set", c)), "--set", "reference.steps=40"]
+    whole = ["run", recipe, "--until", "reference", "--set", "reference.steps=40"]
+    command = [*whole, *(part for c in changes for part in ("--set", c))]
     process = subprocess.Popen(
         [sys.executable, "-m", "tdro_ray", *map(str, command)],
         env={**os.environ, "TDRO_RUNS": str(runs)},
@@ -74,11 +75,9 @@ def test_a_killed_run_goes_on_from_the_object_store(s3, tmp_path):
     after = metrics.read_text().splitlines()
     assert after[:done] == before[:done] and len(after) == 40  # with their times: these steps were not made again
     finished = {key.rsplit("/", 2)[1] for key in keys(s3) if key.endswith("/manifest.json")}
-    assert len(finished) == 2
+    assert 2 <= len(finished) <= 4  # Ray Train keeps those of a killed session beside its own
 
-    alone = tdro(
-        "reference", recipe, "--set", "scale.num_workers=0", "--set", "reference.steps=40", runs=tmp_path / "alone"
-    )
+    alone = tdro(*whole, "--set", "scale.num_workers=0", runs=tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr[-3000:]
     ours, theirs = weights(runs), weights(tmp_path / "alone")
     for name in ours:
