@@ -118,6 +118,8 @@ class TrainSettings(Settings):
     num_negatives: int = Field(1, ge=0)  # hard negatives per query
     temperature: float = Field(0.002, gt=0)  # tau in s = cos / tau
     symmetric: bool = False  # stages 0 and 2, in-batch tasks: mean of query -> passages and positive -> queries
+    distill: float = Field(0.0, ge=0)  # stages 0 and 2: weight of KL(teacher || student) over a row's scored passages
+    distill_temperature: float = Field(1.0, gt=0)  # T that the teacher's scores are divided by
     learning_rate: float = Field(1e-4, gt=0)  # peak
     warmup_steps: int = Field(100, ge=0)
     min_lr_ratio: float = Field(0.1, ge=0, le=1)  # cosine ends at this share of the peak
@@ -354,6 +356,8 @@ class Recipe(Settings):
             raise ValueError("group_dro is a way of fine-tuning: set finetune.group_dro, not that of another stage")
         if self.optimize.symmetric:
             raise ValueError("optimize.symmetric has no effect: stage 1 compares each row's own passages only")
+        if self.optimize.distill:
+            raise ValueError("optimize.distill has no effect: stage 1 learns from each row's contrastive loss only")
         if self.mine.last_rank < self.mine.first_rank:
             raise ValueError("mine.last_rank must not be below mine.first_rank")
         return self

@@ -137,6 +137,7 @@ def batch_recipe(
         base_folder(run),
         plan,
         settings.num_negatives,
+        teacher=settings.distill > 0,
     )
 
 
@@ -195,6 +196,8 @@ def contrastive(
         job = train_job(run, stage, key, settings, loss_scales=variant.loss_scales, snapshots=variant.snapshots)
         done = train_on_ray(run, job, batches, progress)
         warnings = [f"weight of {n} rounds to no step" for n in never]
+        if settings.distill and not any(c.manifest.counts.get("scored") for c in collections(run)):
+            warnings.append("distill has no effect: no row's passages have a teacher's `score`")
         line = f"{label}, {settings.steps} steps of {settings.batch_size} rows, loss {done['loss']:.3f}, {done['tokens_per_s']:,.0f} tokens/s"
         return line, {
             **facts,

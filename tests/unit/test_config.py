@@ -97,6 +97,7 @@ def test_every_setting_is_frozen_and_closed(model):
         ("scale.num_workers=[3, 2]", r"scale\.num_workers: .*\[fewest, most\]"),
         ("scale.num_workers=[0, 2]", r"scale\.num_workers: .*\[fewest, most\]"),
         ("scale.num_workers=many", r"scale\.num_workers: .*\[fewest, most\]"),
+        ("optimize.distill=1", r"optimize\.distill has no effect"),
         ("scale.storage=runs", r"scale\.storage must be a URL"),
         ("scale={num_workers: 0, storage: 's3://bucket/runs'}", r"scale\.storage has no effect"),
         ("serve.port=70000", r"serve\.port: "),
