@@ -12,7 +12,7 @@ import ray
 from ray._raylet import GcsClient  # no public call asks a head whether it is there
 from ray.exceptions import AuthenticationError, RayError
 
-from tdro_ray.config import ScaleSettings
+from tdro_ray.config import ScaleSettings, least_workers
 from tdro_ray.errors import ResourceError
 
 LOCAL_OBJECT_STORE = 1 << 30  # bytes; batches are small, and a laptop has other uses for its memory
@@ -41,17 +41,18 @@ def check_fit(scale: ScaleSettings, cpus: float, gpus: float, where: str) -> Non
 
     Workers that take every CPU would wait for ever for batches that no data task can make.
     """
-    need = scale.num_workers * scale.cpus_per_worker + scale.cpus_per_data_task
+    workers = least_workers(scale)
+    need = workers * scale.cpus_per_worker + scale.cpus_per_data_task
     if need > cpus:
         most = max(0, int((cpus - scale.cpus_per_data_task) / scale.cpus_per_worker + 1e-9))
         fewer = f"Set scale.num_workers to at most {most}" if most else "Take a larger machine or cluster"
         raise ResourceError(
-            f"{scale.num_workers} workers of {scale.cpus_per_worker:g} CPU and one data task of {scale.cpus_per_data_task:g} "
+            f"{workers} workers of {scale.cpus_per_worker:g} CPU and one data task of {scale.cpus_per_data_task:g} "
             f"need {need:g} CPUs; {where} has {cpus:g}. {fewer}, or lower scale.cpus_per_worker."
         )
-    if scale.use_gpu and scale.num_workers > gpus:
+    if scale.use_gpu and workers > gpus:
         raise ResourceError(
-            f"{scale.num_workers} GPU workers need {scale.num_workers} GPUs; {where} has {gpus:g}. "
+            f"{workers} GPU workers need {workers} GPUs; {where} has {gpus:g}. "
             "Set scale.num_workers lower, or scale.use_gpu=false."
         )
 

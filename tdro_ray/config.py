@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tdro_ray.errors import ConfigError, nearest
 
@@ -118,6 +118,8 @@ class TrainSettings(Settings):
     num_negatives: int = Field(1, ge=0)  # hard negatives per query
     temperature: float = Field(0.002, gt=0)  # tau in s = cos / tau
     symmetric: bool = False  # stages 0 and 2, in-batch tasks: mean of query -> passages and positive -> queries
+    distill: float = Field(0.0, ge=0)  # stages 0 and 2: weight of KL(teacher || student) over a row's scored passages
+    distill_temperature: float = Field(1.0, gt=0)  # T that the teacher's scores are divided by
     learning_rate: float = Field(1e-4, gt=0)  # peak
     warmup_steps: int = Field(100, ge=0)
     min_lr_ratio: float = Field(0.1, ge=0, le=1)  # cosine ends at this share of the peak
@@ -191,7 +193,9 @@ class RivalSettings(Settings):
 class ScaleSettings(Settings):
     """How many workers, and what each asks of Ray."""
 
-    num_workers: int = Field(2, ge=0)  # 0: train and encode in the command's own process, quickest for small models
+    # 0: train and encode in the command's own process, quickest for small models; [fewest, most]: training takes as
+    # many as there are, and goes on with others where that changes
+    num_workers: int | tuple[int, int] = 2
     use_gpu: bool = False
     cpus_per_worker: float = Field(0.5, gt=0)  # below 1 so that Ray Data is never starved on a small machine
     cpus_per_data_task: float = Field(0.25, gt=0)
@@ -199,10 +203,31 @@ class ScaleSettings(Settings):
     offload: Literal["none", "optimizer", "parameters"] = "none"  # to host memory; the zero backends only
     deepspeed: dict[str, Any] = {}  # merged over the DeepSpeed configuration that the settings make
     max_failures: int = Field(0, ge=-1)  # restarts of a failed worker group; -1 for ever
+    keep_checkpoints: int = Field(1, ge=1)  # of a training run, the newest
+    checkpoint_minutes: float = Field(0.0, ge=0)  # a checkpoint also after so long, beside `checkpoint_every`; 0: never
+    storage: str = ""  # URL that checkpoints are kept under, e.g. s3://bucket/runs; "" takes the run folder
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: Any) -> Any:
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if not all(type(part) is int for part in parts):
+            raise ValueError("a number of workers, or two: [fewest, most]")
+        if len(parts) == 1 and not isinstance(value, (list, tuple)) and value >= 0:
+            return value
+        if len(parts) == 2 and 1 <= parts[0] <= parts[1]:
+            return tuple(parts)
+        raise ValueError("it must be 0 or more, or [fewest, most] with 1 <= fewest <= most")
 
     @model_validator(mode="after")
     def _backend_takes(self) -> ScaleSettings:
+        if self.storage and "://" not in self.storage:
+            raise ValueError(f"scale.storage must be a URL such as s3://bucket/runs, it is {self.storage!r}")
+        if self.storage and self.num_workers == 0:
+            raise ValueError(
+                "scale.storage has no effect with scale.num_workers 0, which keeps checkpoints in the run folder"
+            )
         if not self.backend.startswith("zero") and (self.offload != "none" or self.deepspeed):
             raise ValueError(
                 f"scale.offload and scale.deepspeed have no effect under backend {self.backend}: set scale.backend to zero1, zero2 or zero3"
@@ -331,9 +356,21 @@ class Recipe(Settings):
             raise ValueError("group_dro is a way of fine-tuning: set finetune.group_dro, not that of another stage")
         if self.optimize.symmetric:
             raise ValueError("optimize.symmetric has no effect: stage 1 compares each row's own passages only")
+        if self.optimize.distill:
+            raise ValueError("optimize.distill has no effect: stage 1 learns from each row's contrastive loss only")
         if self.mine.last_rank < self.mine.first_rank:
             raise ValueError("mine.last_rank must not be below mine.first_rank")
         return self
+
+
+def least_workers(scale: ScaleSettings) -> int:
+    """Return how many workers a run needs, 0 where it has none beside the command's own process."""
+    return scale.num_workers if isinstance(scale.num_workers, int) else scale.num_workers[0]
+
+
+def most_workers(scale: ScaleSettings) -> int:
+    """Return how many workers a run takes where there are enough."""
+    return scale.num_workers if isinstance(scale.num_workers, int) else scale.num_workers[1]
 
 
 def mining_seed(recipe: Recipe) -> int:

@@ -13,7 +13,14 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from tdro_ray import stages
-from tdro_ray.config import ModelSettings, ScaleSettings, TrainSettings, runs_root, store_folder
+from tdro_ray.config import (
+    ModelSettings,
+    TrainSettings,
+    least_workers,
+    most_workers,
+    runs_root,
+    store_folder,
+)
 from tdro_ray.display import table
 from tdro_ray.errors import CheckpointError, TdroError
 from tdro_ray.pipeline import Run, read_json
@@ -28,7 +35,6 @@ CPU_FLOPS = 30e9  # a second and worker, assumed where this recipe has not run: 
 GPU_FLOPS = {"bfloat16": 150e12, "float32": 40e12}  # a second and GPU, assumed likewise: of the H100's class
 BYTES = {"bfloat16": 2, "float32": 4}
 MEASURED, ASSUMED = "measured", "assumed"  # where seconds come from
-PROCESS_BYTES = 0.7e9  # Python, torch and Ray of a worker, before a model
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ def _training(run: Look, name: str, settings: TrainSettings, shapes: ModelShapes
     if shapes is None:
         return Training(settings, tokens, how, None, "")
     model, scale = run.recipe.model, run.recipe.scale
-    workers = max(1, scale.num_workers)
+    workers = max(1, least_workers(scale))
     per_s = workers * (GPU_FLOPS[model.dtype] if scale.use_gpu else CPU_FLOPS)
     per_token = estimate_flops(shapes, settings, model, tokens / settings.steps / workers)
     if name.startswith("score"):
@@ -155,21 +161,6 @@ def estimate_flops(shapes: ModelShapes, settings: TrainSettings, model: ModelSet
     """
     passes = 2 + (2 if model.lora else 4) + 2 * model.gradient_checkpointing + 2 * (tokens > settings.token_budget)
     return float(passes * shapes.body)
-
-
-def estimate_memory(shapes: ModelShapes, settings: TrainSettings, model: ModelSettings, scale: ScaleSettings) -> float:
-    """Return the bytes that a worker of a training stage needs, about.
-
-    Weights; gradient and two AdamW moments of what is trained; activations of one forward of `token_budget` tokens, 34
-    bytes a token, layer and hidden unit in 16 bit (Korthikanti et al. 2022, without attention scores), or with
-    checkpointing 2 and one layer whole; vectors of the global batch and their gradients in float32; the process.
-    """
-    size = BYTES[model.dtype]
-    weights = shapes.parameters * size + 3 * shapes.trainable(model.lora) * size
-    units = settings.token_budget * shapes.hidden * size / 2
-    activations = units * (2 * shapes.layers + 34 if model.gradient_checkpointing else 34 * shapes.layers)
-    vectors = 2 * 4 * settings.batch_size * (2 + settings.num_negatives) * shapes.hidden
-    return weights + activations + vectors + PROCESS_BYTES
 
 
 def _shapes(model: ModelSettings) -> tuple[ModelShapes | None, str]:
@@ -231,26 +222,26 @@ def _model_fact(run: Look, shapes: ModelShapes | None, reason: str) -> str:
 def _memory_fact(run: Look, shapes: ModelShapes | None, trainings: Mapping[str, Training]) -> str:
     scale, model = run.recipe.scale, run.recipe.model
     kind = "GPU" if scale.use_gpu else "CPU"
-    where = (
-        f"{scale.num_workers} {kind} worker{'s' if scale.num_workers > 1 else ''}"
-        if scale.num_workers
-        else f"1 process, {kind}"
-    )
+    least, most = least_workers(scale), most_workers(scale)
+    number = f"{most}" if least == most else f"{least} to {most}"
+    where = f"{number} {kind} worker{'s' if most > 1 else ''}" if most else f"1 process, {kind}"
     if shapes is None:
         return f"Memory   unknown ({where}): it follows from the parameters"
-    need = {
-        name: estimate_memory(shapes, t.settings, model, scale)
-        for name, t in trainings.items()
-        if not name.startswith("score")
-    }
-    most = max(need, key=need.__getitem__)
+    from tdro_ray.train.memory import estimate, shape_of
+
+    shape = shape_of(shapes, model.lora)
+    settings = {name: t.settings for name, t in trainings.items() if not name.startswith("score")}
+    parts = {name: estimate(shape, model, s, scale) for name, s in settings.items()}
+    need = {name: sum(found.values()) for name, found in parts.items()}
+    largest = max(need, key=need.__getitem__)
+    listed = ", ".join(f"{part} {_bytes(size)}" for part, size in parts[largest].items())
     here = ""
     if not scale.use_gpu:
         import psutil
 
         memory = psutil.virtual_memory()
         here = f"; this machine has {_bytes(memory.available)} of {_bytes(memory.total)} free"
-    return f"Memory   about {_bytes(need[most])} per worker in {most} ({where}, {scale.backend}){here}"
+    return f"Memory   about {_bytes(need[largest])} per worker in {largest} ({where}, {scale.backend}: {listed}){here}"
 
 
 def _disk_fact(run: Look, shapes: ModelShapes | None, num_trainings: int) -> str:

@@ -30,6 +30,7 @@ class Row:
     query: str
     positives: tuple[Passage, ...]
     negatives: tuple[Passage, ...] = ()
+    scores: tuple[float | None, ...] = ()  # a teacher's, of positives then negatives; () where it scored none
 
 
 @dataclass(frozen=True, slots=True)

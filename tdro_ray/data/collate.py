@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tdro_ray.data.collection import Collection, CollectionStore
 from tdro_ray.data.plan import Plan, draw_negatives, shares
 from tdro_ray.errors import DataError
 from tdro_ray.model.tokenize import TextTokenizer
+
+if TYPE_CHECKING:
+    from tdro_ray.data.collection import Collection
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Batch:
     length_S: np.ndarray  # int64
     reference_BP: np.ndarray | None = None  # float32 reference similarities (stage 1)
     probe: Batch | None = None  # stage 1 on rows apart: what the signal is measured on, and nothing is trained on
+    teacher_BP: np.ndarray | None = None  # float32 scores of a teacher, NaN where there is none (distillation)
 
     @property
     def offset_S(self) -> np.ndarray:
@@ -51,12 +54,15 @@ class BatchRecipe:
     num_negatives: int
     scores: Path | None = None  # Lance dataset of reference similarities, one row per step
     probe: Plan | None = None  # rows that stage 1 measures its signal on; None: the plan's own
+    teacher: bool = False  # batches carry the teacher's scores
 
 
 class Collator:
     """Opens what a BatchRecipe names, once per process, and makes batches."""
 
     def __init__(self, recipe: BatchRecipe) -> None:
+        from tdro_ray.data.collection import CollectionStore  # here: the loop needs a Batch, and not Arrow
+
         self.recipe = recipe
         self.tokenizer = TextTokenizer(recipe.model)
         store = CollectionStore(recipe.store)
@@ -99,6 +105,7 @@ class Collator:
             ids=np.concatenate([np.asarray(s, np.int32) for s in sequences]) if sequences else np.zeros(0, np.int32),
             length_S=np.array([len(s) for s in sequences], np.int64),
             reference_BP=self._reference(plan, step, part, key_BP) if with_scores else None,
+            teacher_BP=self._teacher(task_B, row_B, key_BP) if self.recipe.teacher else None,
         )
 
     def _fetch_rows(self, task_B: np.ndarray, row_B: np.ndarray) -> tuple[list[str], list[list[int]], list[list[int]]]:
@@ -138,6 +145,21 @@ class Collator:
             for j, i in enumerate(at):
                 passage_ids[i * num_passages : (i + 1) * num_passages] = flat[j * num_passages : (j + 1) * num_passages]
         return query_ids + passage_ids
+
+    def _teacher(self, task_B: np.ndarray, row_B: np.ndarray, key_BP: np.ndarray) -> np.ndarray:
+        """Return the teacher's scores of the drawn passages (B, P), NaN where the source gave none."""
+        teacher_BP = np.full(key_BP.shape, np.nan, np.float32)
+        columns = ["positives", "given_negatives", "scores"]
+        for task in np.unique(task_B):
+            collection = self.collections[task]
+            if "scores" not in collection.rows.schema.names:  # written before there were any
+                continue
+            at = np.flatnonzero(task_B == task)
+            for i, row in zip(at, collection.take_rows(row_B[at].tolist(), columns).to_pylist(), strict=True):
+                numbers = [*row["positives"], *row["given_negatives"]]
+                found = dict(zip(numbers, row["scores"], strict=True)) if row["scores"] else {}
+                teacher_BP[i] = [found.get(key) for key in key_BP[i].tolist()]  # None becomes NaN
+        return teacher_BP
 
     def _reference(self, plan: Plan, step: int, part: slice, key_BP: np.ndarray) -> np.ndarray | None:
         if self.recipe.scores is None:

@@ -31,6 +31,7 @@ ROW_SCHEMA = pa.schema(
         ("query", pa.string()),
         ("positives", pa.list_(pa.int64())),  # indices into passages.lance
         ("given_negatives", pa.list_(pa.int64())),  # as the source gave them
+        ("scores", pa.list_(pa.float32())),  # a teacher's, of positives and given negatives; null where none is given
     ]
 )  # mining adds `negatives: list<int64>`
 PASSAGE_SCHEMA = pa.schema([("docid", pa.string()), ("title", pa.string()), ("text", pa.string())])

@@ -13,6 +13,8 @@ import gzip
 import io
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -200,10 +202,16 @@ NEGATIVE_COLUMNS = ("negative", "neg")
 
 
 def tevatron(record: dict[str, Any], number: str) -> Row:
-    """`{"_id", "text" or "query", "positive_passages": [{"docid", "title"?, "text"}], "negative_passages": […]}`."""
+    """`{"_id", "text" or "query", "positive_passages": [{"docid", "title"?, "text"}], "negative_passages": […]}`.
+
+    A passage may carry a teacher's `"score"`, a number.
+    """
     query = record["query"] if "query" in record else record.get("text")
     identity = next((record[k] for k in ("_id", "query_id", "id") if record.get(k) is not None), number)
-    return _row(identity, query, record.get("positive_passages"), record.get("negative_passages"))
+    positives, negatives = record.get("positive_passages"), record.get("negative_passages")
+    row = _row(identity, query, positives, negatives)
+    scores = tuple(_score(passage) for passage in [*positives, *(negatives or [])])
+    return row if all(score is None for score in scores) else replace(row, scores=scores)
 
 
 def columns(record: dict[str, Any], number: str) -> Row:
@@ -255,6 +263,13 @@ def _row(identity: Any, query: Any, positives: Any, negatives: Any) -> Row:
     if not found:
         raise Bad("no positive")
     return Row(str(identity), query, found, _passages(negatives, "negative"))
+
+
+def _score(passage: Any) -> float | None:
+    score = passage.get("score") if isinstance(passage, dict) else None
+    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or not isfinite(score)):
+        raise Bad("wrong type", f"a passage's score must be a finite number, got {score!r:.60}")
+    return score
 
 
 def _passages(values: Any, role: str) -> tuple[Passage, ...]:

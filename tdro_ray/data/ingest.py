@@ -28,7 +28,7 @@ from tdro_ray.errors import DataError, nearest
 from tdro_ray.types import TaskData, TaskInfo
 
 ENVIRONMENT = "environment"
-READER = 1  # raised when reading or cleaning changes, so that stores written before are read again
+READER = 2  # raised when reading or cleaning changes, so that stores written before are read again
 
 
 def ingest(recipe: Recipe, store: Path, progress: Callable[[str], None] = lambda line: None) -> dict[str, TaskManifest]:

@@ -38,6 +38,7 @@ PARSED_SCHEMA = pa.schema(
         ("row_key", _KEY),  # same query, same positives
         ("content_key", _KEY),  # everything in the row, ids too
         ("passages", pa.list_(_PASSAGE)),  # distinct; the positives first
+        ("scores", pa.list_(pa.float32())),  # of `passages`; null where none is given
         ("num_positives", pa.int64()),
         ("self_negatives", pa.int64()),  # given negatives that were a positive of the row, left out
         ("reject", pa.string()),  # null, or a JSON list [file, line, reason, detail]; then the rest is empty
@@ -71,7 +72,20 @@ def _parsed_row(row: Row) -> tuple[Any, ...]:
         {"docid": p.docid, "title": p.title, "text": p.text, "key": key}
         for key, p in (*positives.items(), *negatives.items())
     ]
-    content = json.dumps([row.id, row.query, len(positives), [(p["docid"], p["key"].hex()) for p in passages]])
+    given: dict[bytes, float] = {}
+    for passage, score in zip((*row.positives, *row.negatives), row.scores):
+        if score is not None:
+            given.setdefault(passage_key(passage.title, passage.text), score)
+    scores = [given.get(key) for key in (*positives, *negatives)] if given else None
+    content = json.dumps(
+        [
+            row.id,
+            row.query,
+            len(positives),
+            [(p["docid"], p["key"].hex()) for p in passages],
+            *([scores] if given else []),
+        ]
+    )
     content_key = blake2b(content.encode(), digest_size=KEY_BYTES).digest()
     return (
         row.id,
@@ -80,6 +94,7 @@ def _parsed_row(row: Row) -> tuple[Any, ...]:
         row_key(query_key, positives),
         content_key,
         passages,
+        scores,
         len(positives),
         dropped,
         None,
@@ -88,7 +103,7 @@ def _parsed_row(row: Row) -> tuple[Any, ...]:
 
 def _parsed_reject(reject: Reject) -> tuple[Any, ...]:
     empty = bytes(KEY_BYTES)
-    return "", "", empty, empty, empty, [], 0, 0, json.dumps(reject)
+    return "", "", empty, empty, empty, [], None, 0, 0, json.dumps(reject)
 
 
 @dataclass(frozen=True)
@@ -147,7 +162,10 @@ class TaskWriter:
         positives, negatives = _split(
             numbers, pc.list_value_length(lists).to_numpy(), table["num_positives"].to_numpy()
         )
-        columns = [table["id"], table["query"], positives, negatives, table["query_key"], table["content_key"]]
+        if scored := table.num_rows - table["scores"].null_count:
+            self.counts["scored"] += scored
+        given, keys = [table["id"], table["query"]], [table["query_key"], table["content_key"]]
+        columns = [*given, positives, negatives, table["scores"], *keys]
         self._staged.write_table(pa.table(columns, schema=_STAGED_SCHEMA))
 
     def _reject(self, reject: Reject) -> None:

@@ -29,6 +29,18 @@ def own_passages_loss(score_BP: Tensor, temperature: float, valid_BP: Tensor | N
     return cross_entropy(logit_BP, target_B, reduction="none")
 
 
+def distill_loss(score_BP: Tensor, teacher_BP: Tensor, temperature: float, teacher_temperature: float = 1.0) -> Tensor:
+    """Return KL( softmax(teacher / T) || softmax(cos / tau) ) over each row's own passages: (B,).
+
+    A passage whose teacher score is NaN takes no part; a row with fewer than two others has 0.
+    """
+    known_BP = ~teacher_BP.isnan()
+    low = torch.finfo(torch.float32).min / 4  # -inf would make NaN of a row without any score
+    target_BP = (wide(teacher_BP) / teacher_temperature).masked_fill(~known_BP, low).log_softmax(1)
+    log_BP = (wide(score_BP) / temperature).masked_fill(~known_BP, low).log_softmax(1)
+    return (target_BP.exp() * (target_BP - log_BP) * known_BP).sum(1)
+
+
 def global_batch_loss(
     query_BD: Tensor,
     passage_MD: Tensor,

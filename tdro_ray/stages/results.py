@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tdro_ray.config import least_workers
 from tdro_ray.data.collection import Collection
 from tdro_ray.errors import ConfigError, DataError
 from tdro_ray.pipeline import Progress, Run, Stage, key_of, write_json
@@ -59,7 +60,7 @@ def evaluate(run: Run) -> dict[str, Any]:
                 metrics, queries, runs = evaluate_model(
                     folder,
                     tests,
-                    recipe.scale.num_workers,
+                    least_workers(recipe.scale),
                     recipe.scale.cpus_per_worker,
                     recipe.scale.use_gpu,
                     settings.batch_tokens,
@@ -123,7 +124,7 @@ def index(run: Run) -> dict[str, Any]:
             index_folder(run),
             recipe.index.factory,
             recipe.evaluate.batch_tokens,
-            max(1, scale.num_workers),
+            max(1, least_workers(scale)),
             scale.cpus_per_worker,
             scale.use_gpu,
             lambda phase, done, total: progress.update(f"{phase} {done:,} of {total:,}", done / max(1, total)),

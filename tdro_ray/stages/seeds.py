@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from tdro_ray.config import Recipe, ScaleSettings, mining_seed, store_folder
+from tdro_ray.config import Recipe, ScaleSettings, mining_seed, most_workers, store_folder
 from tdro_ray.errors import TdroError
 from tdro_ray.evaluate.seeds import summarise, table_of
 from tdro_ray.pipeline import Progress, Run, Stage, fresh_folder, key_of, read_json, write_json
@@ -80,10 +80,11 @@ def seed_recipe(recipe: Recipe, seed: int) -> Recipe:
 
 def at_once(scale: ScaleSettings, resources: dict[str, float]) -> int:
     """Return how many runs fit the cluster side by side, at least 1: all workers and a data task of each."""
-    need = scale.num_workers * scale.cpus_per_worker + scale.cpus_per_data_task if scale.num_workers else 1.0
+    workers = most_workers(scale)
+    need = workers * scale.cpus_per_worker + scale.cpus_per_data_task if workers else 1.0
     fit = int(resources.get("CPU", 0.0) / need + 1e-9)
     if scale.use_gpu:
-        fit = min(fit, int(resources.get("GPU", 0.0) / max(1, scale.num_workers)))
+        fit = min(fit, int(resources.get("GPU", 0.0) / max(1, workers)))
     return max(1, fit)
 
 

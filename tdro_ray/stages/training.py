@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tdro_ray.config import OptimizeSettings, TrainSettings, store_folder
+from tdro_ray.config import OptimizeSettings, TrainSettings, most_workers, store_folder
 from tdro_ray.data.collection import Collection
 from tdro_ray.errors import ConfigError
 from tdro_ray.pipeline import Progress, Run, Stage, fresh_folder, key_of
@@ -124,9 +124,9 @@ def batch_recipe(
     from tdro_ray.data.plan import Plan
 
     found = collections(run)
-    if settings.batch_size < run.recipe.scale.num_workers:
+    if settings.batch_size < most_workers(run.recipe.scale):
         raise ConfigError(
-            f"A batch of {settings.batch_size} rows cannot be shared by {run.recipe.scale.num_workers} workers. Raise batch_size."
+            f"A batch of {settings.batch_size} rows cannot be shared by {most_workers(run.recipe.scale)} workers. Raise batch_size."
         )
     sizes = [c.manifest.rows for c in found]
     plan = Plan(sizes, weights, settings.steps, settings.batch_size, run.recipe.seed, mode, fold)  # type: ignore[arg-type]
@@ -137,6 +137,7 @@ def batch_recipe(
         base_folder(run),
         plan,
         settings.num_negatives,
+        teacher=settings.distill > 0,
     )
 
 
@@ -148,7 +149,9 @@ def train_on_ray(run: Run, job: Any, batches: Any, progress: Progress) -> dict[s
 
     name = f"{run.recipe.name}-{stage}-{key}"
     storage = run.path(stage) / "ray"
-    if not (storage / name).exists():  # a fresh start: the numbers of another run would be shown as this one's
+    url = run.recipe.scale.storage
+    resumed = ray_train.exists(url, name) if url else (storage / name).exists()
+    if not resumed:  # a fresh start: the numbers of another run would be shown as this one's
         (run.path(stage) / "metrics.jsonl").unlink(missing_ok=True)
     for old in storage.glob("*"):
         if old.name != name:  # a run of other settings is not resumed
@@ -156,7 +159,7 @@ def train_on_ray(run: Run, job: Any, batches: Any, progress: Progress) -> dict[s
     with watched(run.path(stage) / "metrics.jsonl", settings.steps, progress):
         if run.recipe.scale.num_workers == 0:
             return in_process.run(job, batches, run.recipe.scale.use_gpu, str(storage), name)
-        return ray_train.run(job, batches, run.recipe.scale, str(storage), name)
+        return ray_train.run(job, batches, run.recipe.scale, run.recipe.scale.storage or str(storage), name)
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,8 @@ def contrastive(
         job = train_job(run, stage, key, settings, loss_scales=variant.loss_scales, snapshots=variant.snapshots)
         done = train_on_ray(run, job, batches, progress)
         warnings = [f"weight of {n} rounds to no step" for n in never]
+        if settings.distill and not any(c.manifest.counts.get("scored") for c in collections(run)):
+            warnings.append("distill has no effect: no row's passages have a teacher's `score`")
         line = f"{label}, {settings.steps} steps of {settings.batch_size} rows, loss {done['loss']:.3f}, {done['tokens_per_s']:,.0f} tokens/s"
         return line, {
             **facts,

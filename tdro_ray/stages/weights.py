@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tdro_ray.config import OptimizeSettings
+from tdro_ray.config import OptimizeSettings, least_workers
 from tdro_ray.errors import ConfigError
 from tdro_ray.pipeline import Progress, Run, Stage, check_names, key_of
 from tdro_ray.stages.data import collections, negatives_key, task_names
@@ -96,7 +96,7 @@ def score_for(run: Run, settings: OptimizeSettings) -> dict[str, Any]:
             batches,
             models,
             out,
-            scale.num_workers,
+            least_workers(scale),
             scale.cpus_per_worker,
             scale.use_gpu,
             settings.token_budget,

@@ -58,6 +58,15 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def of_first(value: int, device: torch.device) -> int:
+    """Return rank 0's value."""
+    if world()[1] == 1:
+        return value
+    held = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.broadcast(held, 0)
+    return int(held.item())
+
+
 def largest(value: int, device: torch.device) -> int:
     """Return the largest of the workers' values."""
     return max(gather_sizes(value, device))

@@ -38,7 +38,7 @@ class TrainContext(Protocol):
 class LocalContext:
     """One process, or one of several under an already initialised torch.distributed group.
 
-    `make_batches(start)` yields the batches; checkpoints are kept under `folder`, the newest only.
+    `make_batches(start)` yields the batches; checkpoints are kept under `folder`, the newest `keep`.
     """
 
     def __init__(
@@ -48,9 +48,10 @@ class LocalContext:
         device: str = "cpu",
         rank: int = 0,
         world_size: int = 1,
+        keep: int = 1,
     ) -> None:
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self._make_batches, self._folder = make_batches, Path(folder)
+        self._make_batches, self._folder, self._keep = make_batches, Path(folder), keep
         self.reported: list[dict[str, Any]] = []
 
     def batches(self, start: int) -> Iterator[Batch]:
@@ -71,5 +72,5 @@ class LocalContext:
         shutil.move(str(checkpoint), arriving)
         shutil.rmtree(target, ignore_errors=True)
         arriving.rename(target)
-        for old in sorted(self._folder.glob("step-*"))[:-1]:
+        for old in sorted(self._folder.glob("step-*"))[: -self._keep]:
             shutil.rmtree(old)

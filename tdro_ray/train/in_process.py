@@ -25,7 +25,8 @@ def run(job: TrainJob, batches: BatchRecipe, use_gpu: bool, storage: str, name: 
     if shape is not None and not use_gpu:
         alone, section = job.scale.model_copy(update={"num_workers": 1}), job.out.name.split("-")[0]
         check_memory(shape, job.model, job.settings, alone, psutil.virtual_memory().available, section)
-    context = LocalContext(partial(local_batches, batches), Path(storage) / name, "cuda" if use_gpu else "cpu")
+    device, keep = "cuda" if use_gpu else "cpu", job.scale.keep_checkpoints
+    context = LocalContext(partial(local_batches, batches), Path(storage) / name, device, keep=keep)
     summary = train(job, context)
     newest = context.latest_checkpoint()
     assert newest is not None, "a run ends with a checkpoint"

@@ -11,7 +11,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from tdro_ray.errors import TdroError
 from tdro_ray.model.encoder import Retriever, load_retriever, save_retriever
 from tdro_ray.train import checkpoint
 from tdro_ray.train.backends import BACKENDS, Backend
-from tdro_ray.train.comm import sum_
+from tdro_ray.train.comm import of_first, sum_
 from tdro_ray.train.context import TrainContext
 from tdro_ray.train.nonfinite import NonFiniteGradient, NonFiniteLoss, Skips
 from tdro_ray.train.optimizer import trained_parameters
@@ -46,7 +46,7 @@ class TrainJob:
     model: ModelSettings
     tasks: TaskSettings
     seed: int
-    scale: ScaleSettings = field(default_factory=ScaleSettings)  # of which the backend is read here
+    scale: ScaleSettings = field(default_factory=ScaleSettings)  # of which backend and checkpoint_minutes are read here
     snapshots: tuple[int, ...] = ()  # steps after which the model is also kept, as out/start-<step>
     log_to: LogTo = field(default_factory=LogTo)  # dashboards
 
@@ -77,6 +77,7 @@ def _train(job: TrainJob, context: TrainContext, closing: ExitStack) -> dict[str
     log = _Log(job, context, start)
     closing.callback(log.sinks.close)
     skips = Skips(job.out, context, settings, start)
+    checkpoint_due = _due(job, context)
 
     for batch in log.timed(batches):
         _check_order(batch, start, context)
@@ -104,7 +105,7 @@ def _train(job: TrainJob, context: TrainContext, closing: ExitStack) -> dict[str
         finished = start == settings.steps or _converged(settings, trajectory)
         if start in job.snapshots:
             _snapshot(job, context, backend, start)
-        if finished or start % settings.checkpoint_every == 0:
+        if finished or checkpoint_due(start):
             _checkpoint(job, context, backend, weights, trajectory, start, finished)
         if finished:
             break
@@ -141,6 +142,22 @@ def trainable(retriever: Retriever, model: ModelSettings) -> Retriever:
         )
         retriever.backbone = get_peft_model(backbone, lora)
     return retriever
+
+
+def _due(job: TrainJob, context: TrainContext) -> Callable[[int], bool]:
+    """Return what says, alike on all workers, whether a checkpoint is due after so many steps: by their number, or by
+    rank 0's clock since the last one. Every worker calls it after every step."""
+    last, seconds = time.monotonic(), 60 * job.scale.checkpoint_minutes
+
+    def due(step: int) -> bool:
+        nonlocal last
+        late = seconds > 0 and of_first(int(time.monotonic() - last >= seconds), context.device) == 1
+        if not late and step % job.settings.checkpoint_every:
+            return False
+        last = time.monotonic()
+        return True
+
+    return due
 
 
 def _converged(settings: TrainSettings, trajectory: list[Any]) -> bool:

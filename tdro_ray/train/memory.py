@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tdro_ray.config import LoraSettings, ModelSettings, ScaleSettings, TrainSettings
+from tdro_ray.config import LoraSettings, ModelSettings, ScaleSettings, TrainSettings, least_workers
 from tdro_ray.errors import ResourceError
+from tdro_ray.model.shapes import ModelShapes
 
 RUNTIME = 1.0e9  # Python, torch, transformers, collectives; on a GPU the CUDA context and NCCL's buffers
 LIVE_STAGE3 = 1e9  # parameters that ZeRO-3 keeps whole at once, its default
 BUCKET_ELEMENTS = 5e7  # of a reduction, see deepspeed_zero.BUCKET
 ALLOCATOR_SLACK = 1.25  # on activations, whose blocks come and go
-LOSS_ROWS = 512  # rows of the loss matrix held at a time, see step.ROW_BLOCK
+LOSS_ROWS = 512  # rows of the loss matrix held at a time, see step.LOSS_BLOCK
 LOSS_COPIES = 5  # of a block of the loss matrix: scores, mask, softmax, gradients
 
 
@@ -54,12 +55,20 @@ def read_shape(folder: Path, lora: LoraSettings | None) -> ModelShape | None:
     )
 
 
+def shape_of(shapes: ModelShapes, lora: LoraSettings | None) -> ModelShape:
+    """Return the shape of a model whose parameters' shapes alone are known."""
+    in_layers = [s for name, s in shapes.shapes.items() if re.search(r"\.\d+\.", f".{name}")]
+    block = sum(_size(list(s)) for s in in_layers) // max(1, shapes.layers)
+    widest = max((max(s) for s in in_layers), default=4 * shapes.hidden)
+    return ModelShape(shapes.parameters, shapes.trainable(lora), block, shapes.layers, shapes.hidden, widest)
+
+
 def estimate(
     shape: ModelShape, model: ModelSettings, settings: TrainSettings, scale: ScaleSettings
 ) -> dict[str, float]:
     """Return bytes of one worker by part: weights, gradients, optimiser, activations, embeddings, runtime."""
     width = 2 if model.dtype == "bfloat16" else 4
-    backend, n = scale.backend, scale.num_workers
+    backend, n = scale.backend, max(1, least_workers(scale))
     # peft keeps adapters in float32; DeepSpeed brings everything to the model's type, beside float32 copies.
     trained_width = width if model.lora is None or backend.startswith("zero") else 4
     whole, trained = shape.parameters * width, shape.trained * trained_width
@@ -139,7 +148,7 @@ def _mends(
     """Settings that could lower the need, each alone."""
     tried: list[tuple[str, ModelSettings, TrainSettings, ScaleSettings]] = []
     for backend in ("fsdp", "zero2", "zero3"):
-        if scale.backend != backend and scale.num_workers > 1:
+        if scale.backend != backend and least_workers(scale) > 1:
             clean = {"backend": backend, "offload": "none", "deepspeed": {}}
             tried.append((f"scale.backend={backend}", model, settings, scale.model_copy(update=clean)))
     if scale.backend.startswith("zero") and scale.offload == "none" and scale.use_gpu:

@@ -13,10 +13,10 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from tdro_ray.config import ScaleSettings
+from tdro_ray.config import ScaleSettings, most_workers
 from tdro_ray.data.collate import Batch, BatchRecipe
-from tdro_ray.data.stream import PlanDataConfig, batches_of
-from tdro_ray.errors import TdroError
+from tdro_ray.data.stream import PlanDataConfig, batches_of, checkpointed_step
+from tdro_ray.errors import ConfigError, TdroError
 from tdro_ray.train import checkpoint
 from tdro_ray.train.loop import TrainJob, train
 from tdro_ray.train.memory import check_memory, read_shape
@@ -72,11 +72,11 @@ def run(job: TrainJob, batches: BatchRecipe, scale: ScaleSettings, storage: str,
         ),
         torch_config=TorchConfig(backend="nccl" if scale.use_gpu else "gloo"),
         datasets={"train": _no_dataset},
-        dataset_config=PlanDataConfig(batches, f"{storage}/{name}", scale.cpus_per_data_task, name),
+        dataset_config=PlanDataConfig(batches, run_url(storage, name), scale.cpus_per_data_task, name),
         run_config=RunConfig(
             name=name,
             storage_path=storage,
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            checkpoint_config=CheckpointConfig(num_to_keep=scale.keep_checkpoints),
             failure_config=FailureConfig(max_failures=scale.max_failures),
         ),
     )
@@ -87,6 +87,23 @@ def run(job: TrainJob, batches: BatchRecipe, scale: ScaleSettings, storage: str,
     with result.checkpoint.as_directory() as folder:
         checkpoint.publish(Path(folder), job.out)
     return dict(result.return_value)
+
+
+def run_url(storage: str, name: str) -> str:
+    """Return where the run called `name` is under `storage`: a URL's options (`?endpoint_override=…`) stay at its end."""
+    folder, mark, options = storage.partition("?") if "://" in storage else (storage, "", "")
+    return f"{folder.rstrip('/')}/{name}{mark}{options}"
+
+
+def exists(storage: str, name: str) -> bool:
+    """Return whether a checkpoint of the run called `name` is under the URL `storage`. Raises ConfigError where it cannot be read."""
+    try:
+        return checkpointed_step(run_url(storage, name)) > 0
+    except (OSError, ValueError) as err:
+        raise ConfigError(
+            f"scale.storage {storage} cannot be read: {err} Give a URL of a bucket or folder that exists and that these "
+            "credentials may write, such as s3://bucket/runs (AWS_ENDPOINT_URL names another S3 service)."
+        ) from err
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +118,7 @@ def _memory_per_worker(scale: ScaleSettings) -> float | None:
     if scale.use_gpu:
         return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
     total = ray.cluster_resources()  # the object store is shared memory: mostly empty pages
-    return (total.get("memory", 0.0) + total.get("object_store_memory", 0.0)) / scale.num_workers or None
+    return (total.get("memory", 0.0) + total.get("object_store_memory", 0.0)) / max(1, most_workers(scale)) or None
 
 
 def _no_dataset() -> None:

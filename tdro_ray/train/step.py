@@ -19,7 +19,7 @@ from tdro_ray.dro.measures import signal, task_counts, task_means
 from tdro_ray.dro.weights import TaskWeights, row_weights
 from tdro_ray.model.encoder import to_tensors
 from tdro_ray.retrieval.chunks import chunk_tokens, graph_tokens, length_chunks
-from tdro_ray.retrieval.contrastive import global_batch_loss, own_passages_loss, reverse_loss
+from tdro_ray.retrieval.contrastive import distill_loss, global_batch_loss, own_passages_loss, reverse_loss
 from tdro_ray.retrieval.grad_cache import CachedForward, plan_chunks
 from tdro_ray.train.backends import Backend
 from tdro_ray.train.comm import gather_rows, gather_sizes, largest, sum_, world
@@ -74,6 +74,9 @@ def contrastive_step(
             loss_B, gradient_SD = (loss_B + reverse_B) / 2, (gradient_SD + reverse_SD) / 2
     else:
         loss_B, gradient_SD = _own_passages(query_BD, passage_XD, batch, temperature)
+    if settings.distill and batch.teacher_BP is not None:
+        taught_B, taught_SD = _taught(query_BD, passage_XD, batch, temperature, settings.distill_temperature)
+        loss_B, gradient_SD = loss_B + settings.distill * taught_B, gradient_SD + settings.distill * taught_SD
     totals = sum_(torch.stack([loss_B.sum(), torch.tensor(float(num_local), dtype=loss_B.dtype, device=device)]))
     check_finite(totals[0], rep_SD, batch, tasks.names)
     mean, detail = float(totals[0] / totals[1]), {"task": tasks.names[task]}
@@ -257,6 +260,18 @@ def _own_passages(query_BD: Tensor, passage_XD: Tensor, batch: Batch, temperatur
     score_BP = torch.einsum("bd,bpd->bp", query, passage.reshape(num_local, width, -1))
     valid_BP = torch.from_numpy(batch.passage_key_BP >= 0).to(query.device)
     loss_B = own_passages_loss(score_BP, temperature, valid_BP)
+    loss_B.sum().backward()
+    return loss_B.detach(), torch.cat([query.grad, passage.grad])
+
+
+def _taught(
+    query_BD: Tensor, passage_XD: Tensor, batch: Batch, temperature: float, teacher_temperature: float
+) -> tuple[Tensor, Tensor]:
+    """As `_own_passages`, from the teacher's scores of each row's own passages."""
+    query, passage = query_BD.detach().requires_grad_(), passage_XD.detach().requires_grad_()
+    score_BP = torch.einsum("bd,bpd->bp", query, passage.reshape(*batch.passage_key_BP.shape, -1))
+    teacher_BP = torch.from_numpy(batch.teacher_BP).to(query.device, query.dtype)
+    loss_B = distill_loss(score_BP, teacher_BP, temperature, teacher_temperature)
     loss_B.sum().backward()
     return loss_B.detach(), torch.cat([query.grad, passage.grad])
 

@@ -5,7 +5,17 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from tdro_ray.config import RECIPES, Recipe, Settings, load_recipe, recipe_names, run_folder, store_folder
+from tdro_ray.config import (
+    RECIPES,
+    Recipe,
+    Settings,
+    least_workers,
+    load_recipe,
+    most_workers,
+    recipe_names,
+    run_folder,
+    store_folder,
+)
 from tdro_ray.errors import ConfigError
 
 
@@ -84,6 +94,12 @@ def test_every_setting_is_frozen_and_closed(model):
         ("optimize.num_negatives=0", "stage 1 has no in-batch negatives"),
         ("mine.last_rank=1", "last_rank must not be below"),
         ("scale.num_workers=-1", r"scale\.num_workers: "),
+        ("scale.num_workers=[3, 2]", r"scale\.num_workers: .*\[fewest, most\]"),
+        ("scale.num_workers=[0, 2]", r"scale\.num_workers: .*\[fewest, most\]"),
+        ("scale.num_workers=many", r"scale\.num_workers: .*\[fewest, most\]"),
+        ("optimize.distill=1", r"optimize\.distill has no effect"),
+        ("scale.storage=runs", r"scale\.storage must be a URL"),
+        ("scale={num_workers: 0, storage: 's3://bucket/runs'}", r"scale\.storage has no effect"),
         ("serve.port=70000", r"serve\.port: "),
         ("seed", "takes key=value.*got 'seed'"),
         ("=3", "takes key=value"),
@@ -120,7 +136,9 @@ def test_a_recipe_that_is_not_there_names_the_nearest():
 
 
 def test_the_resolved_recipe_survives_json(recipe_file):
-    found = load_recipe(str(recipe_file), ("data.store=here",))
+    found = load_recipe(str(recipe_file), ("data.store=here", "scale.num_workers=[2, 4]"))
+    assert (least_workers(found.scale), most_workers(found.scale)) == (2, 4)
+    assert least_workers(Recipe().scale) == most_workers(Recipe().scale) == 2
     assert Recipe.model_validate(json.loads(json.dumps(found.model_dump(mode="json")))) == found
 
 

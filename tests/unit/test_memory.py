@@ -76,3 +76,8 @@ def test_one_worker_is_not_told_to_shard():
     with pytest.raises(ResourceError) as error:
         check_memory(QWEN_7B, BF16, TrainSettings(), alone, 80e9)
     assert "scale.backend" not in str(error.value)
+
+
+def test_an_elastic_run_is_measured_with_its_fewest_workers():
+    assert total("fsdp", num_workers=(8, 16)) == total("fsdp", num_workers=8)
+    assert total("zero3", num_workers=0) == total("zero3", num_workers=1)

@@ -83,6 +83,7 @@ def test_further_seeds_keep_data_and_negatives():
 def test_as_many_seeds_run_at_once_as_fit():
     assert at_once(ScaleSettings(num_workers=2), {"CPU": 2.0}) == 1
     assert at_once(ScaleSettings(num_workers=0), {"CPU": 2.0}) == 2
+    assert at_once(ScaleSettings(num_workers=(1, 4), cpus_per_worker=1), {"CPU": 9.0}) == 2
     assert at_once(ScaleSettings(num_workers=4, use_gpu=True, cpus_per_worker=1), {"CPU": 64.0, "GPU": 8.0}) == 2
     assert at_once(ScaleSettings(num_workers=8, use_gpu=True), {"CPU": 2.0, "GPU": 8.0}) == 1
 

@@ -93,3 +93,9 @@ def test_an_address_that_never_accepts_is_refused_soon(monkeypatch):
         assert time.monotonic() - began < 5
         for one in queued:
             one.close()
+
+
+def test_an_elastic_run_needs_its_fewest_workers():
+    session.check_fit(ScaleSettings(num_workers=(1, 4000), cpus_per_worker=1), 2, 0, "here")
+    with pytest.raises(ResourceError, match=r"2 GPU workers need 2 GPUs; here has 1"):
+        session.check_fit(ScaleSettings(num_workers=(2, 4), use_gpu=True), 64, 1, "here")

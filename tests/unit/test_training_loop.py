@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from training import TASKS, global_batch, share_of, tiny_base
 
-from tdro_ray.config import LoraSettings, ModelSettings, OptimizeSettings, TrainSettings
+from tdro_ray.config import LoraSettings, ModelSettings, OptimizeSettings, ScaleSettings, TrainSettings
 from tdro_ray.dro.files import read_trajectory
 from tdro_ray.errors import CheckpointError, TdroError
 from tdro_ray.train.context import LocalContext
@@ -255,3 +255,38 @@ def test_a_run_goes_on_with_another_number_of_workers(base, tmp_path, dro):
     if dro:
         one, two = read_trajectory(whole / "trajectory.parquet"), read_trajectory(resumed / "trajectory.parquet")
         assert abs(one.alpha_SG - two.alpha_SG).max() < 1e-6
+
+
+def test_checkpoints_are_also_made_by_the_clock_and_the_newest_are_kept(base, tmp_path):
+    job = job_of(base, tmp_path / "out", False)
+    often = job.settings.model_copy(update={"checkpoint_every": 100})
+
+    def kept(name, minutes, keep):
+        context = LocalContext(batches_for(False), tmp_path / name, keep=keep)
+        train(replace(job, settings=often, scale=ScaleSettings(checkpoint_minutes=minutes)), context)
+        return sorted(int(p.name.removeprefix("step-")) for p in (tmp_path / name).glob("step-*"))
+
+    assert kept("always", 1e-9, 3) == [4, 5, 6]
+    assert kept("newest", 1e-9, 1) == [6]
+    assert kept("end", 60.0, 3) == [6]
+
+
+def _clocked_worker(rank, num_workers, meeting, base, folder):
+    import time
+
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=num_workers)
+    if rank:
+        time.monotonic = lambda: 0.0  # this worker's clock stands still: rank 0's decides
+    job = job_of(base, folder / f"out-{rank}", False)
+    settings = job.settings.model_copy(update={"checkpoint_every": 100})
+    shares = lambda start: (share_of(batch, rank, num_workers) for batch in batches_for(False)(start))  # noqa: E731
+    context = LocalContext(shares, folder / "checkpoints", rank=rank, world_size=num_workers)
+    train(replace(job, settings=settings, scale=ScaleSettings(checkpoint_minutes=1e-9)), context)
+    (folder / f"reported-{rank}.json").write_text(json.dumps([r["step"] for r in context.reported]))
+    dist.destroy_process_group()
+
+
+def test_all_workers_follow_the_first_ones_clock(base, tmp_path):
+    mp.spawn(_clocked_worker, (2, tmp_path / "meeting", base, tmp_path), nprocs=2)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"reported-{rank}.json").read_text()) == [1, 2, 3, 4, 5, 6]

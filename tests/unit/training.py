@@ -115,6 +115,7 @@ def share_of(batch: Batch, rank: int, num_workers: int) -> Batch:
         np.array([len(s) for s in mine], np.int64),
         None if batch.reference_BP is None else batch.reference_BP[part],
         None if batch.probe is None else share_of(batch.probe, rank, num_workers),
+        None if batch.teacher_BP is None else batch.teacher_BP[part],
     )
 
 
