@@ -45,6 +45,15 @@ class TaskOverride(Settings):
     licence: str | None = None  # for reports and model cards
 
 
+class CleanSettings(Settings):
+    """Training queries that repeat a test query or each other; character trigrams decide, in any script."""
+
+    threshold: float = Field(0.9, ge=0.8, le=1)  # Jaccard similarity of two queries' trigrams from which they are one
+    contaminated: Literal["drop", "keep", "fail"] = "drop"  # rows whose query is near a test or dev query of any task
+    near_duplicates: Literal["drop", "keep", "report"] = "report"  # rows near an earlier row of their task
+    across_tasks: Literal["drop", "keep", "report"] = "report"  # rows near a row of a task with fewer rows
+
+
 class DataSettings(Settings):
     """Where collections come from and where the collection store lives."""
 
@@ -55,6 +64,7 @@ class DataSettings(Settings):
     dev_corpus: int = Field(1000, ge=1)  # passages per task that dev queries are searched in
     tasks: dict[str, TaskOverride] = {}  # overrides by task name
     environment: EnvironmentSettings = EnvironmentSettings()
+    clean: CleanSettings = CleanSettings()
 
     @model_validator(mode="before")
     @classmethod

@@ -179,7 +179,10 @@ def _commit_column(folder: Path, table: pa.Table) -> int:
     """
     import lance
 
-    dataset = lance.dataset(str(folder / "rows.lance"))
+    dataset = Collection(folder).rows
+    if dataset.version != dataset.latest_version:  # a cleaning or mining cut short, or cleaned otherwise since
+        dataset.restore()
+        dataset = lance.dataset(str(folder / "rows.lance"))
     if _NEGATIVES.name in dataset.schema.names:
         dataset.drop_columns([_NEGATIVES.name])
     dataset.add_columns(table.to_reader())

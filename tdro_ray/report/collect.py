@@ -29,6 +29,7 @@ T = TypeVar("T")
 BASELINE = "uniform"  # the model that every other one is compared with
 STAGES = (
     "ingest",
+    "clean",
     "mine",
     "reference",
     "score",
@@ -91,8 +92,9 @@ class RunFacts:
         return named[0] if named else "ndcg@10"
 
     def rows(self, task: str) -> int | None:
-        """Training rows of a task, from the ingest or a weight file."""
-        sources = [self.ingested.get(task, {}).get("rows"), *(w.sizes.get(task) for w in self.weights.values())]
+        """Training rows of a task, from the cleaning, the ingest or a weight file."""
+        cleaned = self.stages.get("clean", {}).get("summary", {}).get("tasks", {})
+        sources = [cleaned.get(task, {}).get("rows"), self.ingested.get(task, {}).get("rows"), *(w.sizes.get(task) for w in self.weights.values())]
         return next((int(rows) for rows in sources if rows is not None), None)
 
     def score(self, model: str, task: str, measure: str | None = None) -> float | None:
