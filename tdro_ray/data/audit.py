@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 
 from tdro_ray.data.collection import Collection
 from tdro_ray.data.dedup import text_key
-from tdro_ray.data.ingest import ray_map
+from tdro_ray.data.ingest import data_map
 
 READ_ROWS = 4096  # rows or passages in memory at a time
-SAMPLE = 200  # texts of a task whose language is guessed and whose tokens are counted
+SAMPLE = 100  # texts of a task whose language is guessed and whose tokens are counted
 TOP_BIN = 17  # lengths of 2**17 characters and more share the last bin
 
 
@@ -25,7 +25,8 @@ def audit(store: Path, names: Sequence[str], model: str = "") -> dict[str, dict[
     """Return the audit of each task; tokens are counted where `model` is a folder with a tokenizer."""
     tokenizer = model if model and (Path(model) / "tokenizer_config.json").exists() else ""
     names = sorted(names)
-    found = ray_map("audit")(partial(audit_task, tokenizer=tokenizer), [store / name for name in names])
+    job = data_map("audit", sum(Collection(store / name).manifest.rows for name in names))
+    found = job(partial(audit_task, tokenizer=tokenizer), [store / name for name in names])
     return dict(zip(names, found))
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 from tdro_ray.config import CleanSettings
 from tdro_ray.data.collection import Collection, CollectionStore, TaskManifest, read_judged
 from tdro_ray.data.dedup import KEY_BYTES, text_key
-from tdro_ray.data.ingest import ray_map
+from tdro_ray.data.ingest import data_map
 from tdro_ray.data.near import BANDS, Finding, Texts, band_keys, candidates, findings, similarity
 from tdro_ray.data.publish import store_lock, write_manifest
 from tdro_ray.errors import DataError
@@ -112,7 +112,8 @@ def _texts(queries: Queries, threshold: float, progress: Callable[[str], None]) 
     ]
     tests = [text for _, _, text in queries.tests]
     items += [tests[start : start + RANGE_ROWS] for start in range(0, len(tests), RANGE_ROWS)]
-    keys, bands = zip(*ray_map("clean:signatures")(_signatures, items)) if items else ((), ())
+    job = data_map("clean:signatures", queries.first_test + len(tests))
+    keys, bands = zip(*job(_signatures, items)) if items else ((), ())
     keys_Q = np.concatenate([np.zeros(0, f"S{KEY_BYTES}"), *keys])
     _, place_X, text_Q = np.unique(keys_Q, return_index=True, return_inverse=True)
     bands_XB = np.concatenate([np.zeros((0, BANDS), np.uint32), *bands])[place_X]

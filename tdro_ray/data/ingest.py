@@ -28,6 +28,7 @@ from tdro_ray.errors import DataError, nearest
 from tdro_ray.types import TaskData, TaskInfo
 
 ENVIRONMENT = "environment"
+SMALL = 20_000  # rows: some seconds of one core
 READER = 1  # raised when reading or cleaning changes, so that stores written before are read again
 
 
@@ -175,6 +176,11 @@ def _parse(batch: pa.Table) -> Iterator[pa.Table]:
     for blob in batch["chunk"]:
         chunk: Chunk | Reject = pickle.loads(blob.as_py())
         yield parsed_table([chunk] if isinstance(chunk, Reject) else parse_chunk(chunk))
+
+
+def data_map(name: str, rows: int) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]:
+    """Return `ray_map`, or the plain `map` for so few rows that starting workers takes longer than the work."""
+    return ray_map(name) if rows > SMALL else map
 
 
 def ray_map(name: str) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]:

@@ -9,6 +9,7 @@ import pytest
 
 from tdro_ray.config import CleanSettings, Recipe
 from tdro_ray.data import clean as clean_module
+from tdro_ray.data import ingest as ingest_module
 from tdro_ray.data.audit import audit
 from tdro_ray.data.clean import clean
 from tdro_ray.data.collection import Collection, CollectionStore, write_beir
@@ -64,7 +65,11 @@ def queries(store: Path, name: str) -> list[str]:
     return task.take_rows(range(len(task)), ["query"])["query"].to_pylist()
 
 
-def test_each_policy_drops_its_rows_and_says_so(made: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("small", [0, 1000], ids=["on Ray", "in this process"])
+def test_each_policy_drops_its_rows_and_says_so(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int
+) -> None:
+    monkeypatch.setattr(ingest_module, "SMALL", small)
     _, store = made
     before = {name: CollectionStore(store)[name].manifest for name in ("ask", "zh")}
     report = cleaned(store, tmp_path / "out")
@@ -144,7 +149,8 @@ def test_a_cut_between_rows_and_manifest_changes_nothing(
     assert len(queries(store, "zh")) == 2
 
 
-def test_audit(tmp_path: Path) -> None:
+def test_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest_module, "SMALL", 0)
     folder = tmp_path / "source" / "task"
     folder.mkdir(parents=True)
     rows = [
