@@ -54,6 +54,15 @@ class CleanSettings(Settings):
     across_tasks: Literal["drop", "keep", "report"] = "report"  # rows near a row of a task with fewer rows
 
 
+class PolicySettings(Settings):
+    """What ingest does with rows that contradict themselves; `fail` stops at the first. The audit counts what is kept."""
+
+    duplicated_id: Literal["drop", "keep", "fail"] = "keep"  # a row whose id an earlier row of the task has
+    docid_with_two_texts: Literal["drop", "keep", "fail"] = "keep"  # a row with a passage whose docid had another text
+    positive_in_negatives: Literal["drop", "fail"] = "drop"  # such a negative; kept it would teach the opposite
+    query_is_passage: Literal["drop", "keep", "fail"] = "keep"  # a row whose query is one of its positives
+
+
 class DataSettings(Settings):
     """Where collections come from and where the collection store lives."""
 
@@ -64,6 +73,7 @@ class DataSettings(Settings):
     dev_corpus: int = Field(1000, ge=1)  # passages per task that dev queries are searched in
     tasks: dict[str, TaskOverride] = {}  # overrides by task name
     environment: EnvironmentSettings = EnvironmentSettings()
+    policies: PolicySettings = PolicySettings()
     clean: CleanSettings = CleanSettings()
 
     @model_validator(mode="before")
