@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tdro_ray.config import mining_seed, store_folder
+from tdro_ray.config import mining_seed, mining_settings, store_folder
 from tdro_ray.data.collection import Collection, CollectionStore
 from tdro_ray.errors import ConfigError
-from tdro_ray.pipeline import Progress, Run, Stage, key_of, write_json
+from tdro_ray.pipeline import Progress, Run, Stage, fresh_folder, key_of, write_json
 
 
 def ingest(run: Run) -> dict[str, Any]:
@@ -112,13 +112,15 @@ def data_key(run: Run) -> str:
 def mine(run: Run) -> dict[str, Any]:
     """Hard negatives."""
     recipe, names = run.recipe, task_names(run)
-    settings = recipe.mine.model_dump(mode="json", exclude={"seed"})
+    settings = mining_settings(recipe.mine)
     key = key_of("mine", data_key(run), settings, mining_seed(recipe))
 
     def work(progress: Progress) -> tuple[str, dict[str, Any]]:
         from tdro_ray.data.mine import mine as search
 
-        found = search(recipe, store_folder(recipe), names, progress.update)
+        encode = _encode(run, progress) if recipe.mine.method == "encoder" else None
+        found = search(recipe, store_folder(recipe), names, progress.update, encode)
+        write_json(run.path("mine") / "mine.json", {"tasks": found})
         rows = {c.name: c.manifest.rows for c in collections(run)}
         total = sum(rows.values())
         mined = sum(found[n].get("mean_mined", 0) * rows[n] for n in names) / total
@@ -130,6 +132,48 @@ def mine(run: Run) -> dict[str, Any]:
     if not all(c.manifest.negatives for c in collections(run)):  # ingested again since: the manifest tells no truth
         (run.path("mine") / "manifest.json").unlink(missing_ok=True)
     return run.do(Stage("mine", key, (), work))
+
+
+def _encode(run: Run, progress: Progress) -> Any:
+    """Return the call that gives mining its vectors."""
+    from tdro_ray.evaluate.encode import encode_texts
+
+    recipe, model = run.recipe, _mining_model(run)
+
+    def encode(items: Any) -> Any:
+        scale, budget = recipe.scale, recipe.evaluate.batch_tokens
+
+        def show(done: int, total: int) -> None:
+            progress.update(f"{items[0][2]}: {done:,} of {total:,} texts", done / total)
+
+        return encode_texts(
+            model, items, scale.num_workers, scale.cpus_per_worker, scale.use_gpu, budget, "mine:encode", show
+        )
+
+    return encode
+
+
+def _mining_model(run: Run) -> Path:
+    """Return the folder of `mine.model`, imported where it is no model folder of ours."""
+    from tdro_ray.model.build import build_base
+    from tdro_ray.stages.training import BASE_REFERENCE, retriever_spec
+
+    recipe, name = run.recipe, run.recipe.mine.model
+    if name == "reference":
+        folder = run.path(BASE_REFERENCE) / "model"
+        if not (folder / "tdro.json").exists():
+            raise ConfigError(
+                f"mine.model=reference, and {run.folder} has no trained reference yet. Run `tdro reference {recipe.name} --set mine.method=bm25` "
+                "first, or name a model folder."
+            )
+        return folder
+    if (Path(name) / "tdro.json").exists():
+        return Path(name)
+    folder = fresh_folder(run.path("mine") / "encoder")
+    build_base(
+        recipe.model.model_copy(update={"name": name, "lora": None}), retriever_spec(run), iter(()), folder, recipe.seed
+    )
+    return folder
 
 
 def negatives_key(run: Run) -> str:
