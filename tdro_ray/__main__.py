@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 STAGES = {
     "ingest": "read the sources into the collection store",
+    "clean": "drop training rows that repeat test queries, and audit every task",
     "mine": "give every row hard negatives",
     "reference": "train the reference model with uniform weights (stage 0, and the baseline)",
     "score": "compute the reference similarities that stage 1 draws",
@@ -20,7 +21,7 @@ STAGES = {
     "index": "build the search index with the best model",
     "report": "write report.html from what has run",
 }
-UNTIL = ("ingest", "mine", "reference", "score", "optimize", "finetune", "evaluate", "index")
+UNTIL = ("ingest", "clean", "mine", "reference", "score", "optimize", "finetune", "evaluate", "index")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -29,6 +29,7 @@ PACKAGES = (
     "faiss-cpu",
     "faiss-gpu",
     "bm25s",
+    "rensa",
     "fastapi",
     "deepspeed",
 )
@@ -69,6 +70,7 @@ def _whole_run(run: Run, arguments: argparse.Namespace) -> None:
     steps: dict[str, Callable[[Run], Any]] = {
         "ingest": stages.ingest,
         "tests": stages.tests_of,  # a run without any test is refused now, not after all training
+        "clean": stages.clean,
         "mine": stages.mine,
         "model": stages.model,
         "reference": stages.reference,

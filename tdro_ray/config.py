@@ -45,6 +45,24 @@ class TaskOverride(Settings):
     licence: str | None = None  # for reports and model cards
 
 
+class CleanSettings(Settings):
+    """Training queries that repeat a test query or each other; character trigrams decide, in any script."""
+
+    threshold: float = Field(0.9, ge=0.8, le=1)  # Jaccard similarity of two queries' trigrams from which they are one
+    contaminated: Literal["drop", "keep", "fail"] = "drop"  # rows whose query is near a test or dev query of any task
+    near_duplicates: Literal["drop", "keep", "report"] = "report"  # rows near an earlier row of their task
+    across_tasks: Literal["drop", "keep", "report"] = "report"  # rows near a row of a task with fewer rows
+
+
+class PolicySettings(Settings):
+    """What ingest does with rows that contradict themselves; `fail` stops at the first. The audit counts what is kept."""
+
+    duplicated_id: Literal["drop", "keep", "fail"] = "keep"  # a row whose id an earlier row of the task has
+    docid_with_two_texts: Literal["drop", "keep", "fail"] = "keep"  # a row with a passage whose docid had another text
+    positive_in_negatives: Literal["drop", "fail"] = "drop"  # such a negative; kept it would teach the opposite
+    query_is_passage: Literal["drop", "keep", "fail"] = "keep"  # a row whose query is one of its positives
+
+
 class DataSettings(Settings):
     """Where collections come from and where the collection store lives."""
 
@@ -55,6 +73,8 @@ class DataSettings(Settings):
     dev_corpus: int = Field(1000, ge=1)  # passages per task that dev queries are searched in
     tasks: dict[str, TaskOverride] = {}  # overrides by task name
     environment: EnvironmentSettings = EnvironmentSettings()
+    policies: PolicySettings = PolicySettings()
+    clean: CleanSettings = CleanSettings()
 
     @model_validator(mode="before")
     @classmethod
@@ -67,11 +87,22 @@ class DataSettings(Settings):
 class MineSettings(Settings):
     """Hard-negative mining."""
 
-    method: Literal["bm25"] = "bm25"
+    method: Literal["bm25", "encoder"] = "bm25"
+    model: str = ""  # of the encoder: a model folder, a Hub id, or "reference", the run's own once it is trained
     num_negatives: int = Field(7, ge=1)  # wanted per row, given ones counted
     first_rank: int = Field(2, ge=1)  # ranks above this are left out, 1 is the best hit
     last_rank: int = Field(30, ge=1)  # search depth
+    margin_absolute: float | None = Field(None, ge=0)  # encoder: a negative scores below the positive by this at least
+    margin_relative: float | None = Field(0.95, gt=0, le=1)  # encoder: and at most this share of the positive's score
     seed: int | None = None  # of what is sampled among the ranks; None takes the run's
+
+    @model_validator(mode="after")
+    def _has_model(self) -> MineSettings:
+        if self.method == "encoder" and not self.model:
+            raise ValueError("mine.method encoder needs mine.model: a model folder, a Hub id, or reference")
+        if self.method == "bm25" and self.model:
+            raise ValueError(f"mine.model {self.model!r} has no effect under bm25: set mine.method=encoder")
+        return self
 
 
 class TinyModel(Settings):
@@ -376,6 +407,12 @@ def most_workers(scale: ScaleSettings) -> int:
 def mining_seed(recipe: Recipe) -> int:
     """Seed of what mining samples: the run's, unless the runs of several seeds share their negatives."""
     return recipe.seed if recipe.mine.seed is None else recipe.mine.seed
+
+
+def mining_settings(mine: MineSettings) -> dict[str, Any]:
+    """Settings that decide what mining finds, its seed aside; those of the encoder only where there is one."""
+    unused = {"model", "margin_absolute", "margin_relative"} if mine.method == "bm25" else set()
+    return mine.model_dump(mode="json", exclude={"seed", *unused})
 
 
 def recipe_names() -> list[str]:

@@ -53,6 +53,16 @@ class TaskManifest:
     dev_queries: int = 0
     negatives: dict[str, Any] = field(default_factory=dict)  # of the last mining: key, method, hash, mean per row
     tests_hash: str = ""  # of the test and the dev split
+    clean: dict[str, Any] = field(default_factory=dict)  # of the last cleaning: key, version, what ingest had written
+
+    @property
+    def ingested_hash(self) -> str:
+        """The hash of rows and passages as ingest wrote them."""
+        return str(self.clean.get("ingested_hash", self.hash))
+
+    @property
+    def ingested_rows(self) -> int:
+        return int(self.clean.get("ingested_rows", self.rows))
 
     def dump(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,12 +90,11 @@ class Collection:
 
     @cached_property
     def rows(self) -> Any:
-        """The `lance.LanceDataset` of rows, at the version that the manifest knows: a mining cut short is not seen."""
+        """The `lance.LanceDataset` of rows, at the version that the manifest knows: work cut short is not seen."""
         import lance
 
-        return lance.dataset(
-            str(self.folder / "rows.lance"), version=self._version or self.manifest.negatives.get("version", 1)
-        )
+        version = self._version or self.manifest.negatives.get("version") or self.manifest.clean.get("version", 1)
+        return lance.dataset(str(self.folder / "rows.lance"), version=version)
 
     @cached_property
     def passages(self) -> Any:
@@ -157,6 +166,12 @@ def read_beir(folder: Path, split: str = "test") -> RetrievalTest:
         Passage(_text(r, "_id", at), _text(r, "text", at), r.get("title") or "")
         for r, at in _jsonl(folder, "corpus.jsonl")
     )
+    queries, qrels = read_judged(folder, split)
+    return RetrievalTest(corpus, queries, qrels)
+
+
+def read_judged(folder: Path, split: str = "test") -> tuple[dict[str, str], dict[str, dict[str, int]]]:
+    """Return the judged queries of a BEIR folder and their judgements, without reading the corpus."""
     queries = {_text(r, "_id", at): _text(r, "text", at) for r, at in _jsonl(folder, "queries.jsonl")}
     path = folder / "qrels" / f"{split}.tsv"
     if not path.exists():
@@ -180,7 +195,7 @@ def read_beir(folder: Path, split: str = "test") -> RetrievalTest:
             qrels.setdefault(parts[0], {})[parts[1]] = int(parts[2])
     if not qrels:
         raise DataError(f"{path} judges none of the queries in {folder / 'queries.jsonl'}.")
-    return RetrievalTest(corpus, {q: queries[q] for q in qrels}, qrels)
+    return {q: queries[q] for q in qrels}, qrels
 
 
 def write_beir(folder: Path, test: RetrievalTest, split: str = "test") -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from tdro_ray.config import Recipe
+from tdro_ray.config import PolicySettings, Recipe
 from tdro_ray.data.collection import TaskManifest, read_beir
 from tdro_ray.data.formats import CHUNK_ROWS, UNREADABLE, Chunk, Reject, parse_chunk, read_chunks
 from tdro_ray.data.publish import read_manifest, store_lock
@@ -28,6 +28,7 @@ from tdro_ray.errors import DataError, nearest
 from tdro_ray.types import TaskData, TaskInfo
 
 ENVIRONMENT = "environment"
+SMALL = 20_000  # rows: some seconds of one core
 READER = 2  # raised when reading or cleaning changes, so that stores written before are read again
 
 
@@ -107,7 +108,11 @@ def _write(writer: TaskWriter, tables: Iterable[pa.Table], progress: Callable[[s
         writer.abandon()
         raise
     left_out = {**manifest.counts, "rejects": sum(manifest.rejects.values())}
-    notes = [f"{left_out[key]} {key}" for key in ("rejects", "duplicates", "decontaminated") if left_out.get(key)]
+    notes = [
+        f"{left_out[key]} {key}"
+        for key in ("rejects", "duplicates", "decontaminated", *PolicySettings.model_fields)
+        if left_out.get(key)
+    ]
     progress(
         f"{manifest.name}: {manifest.rows:,} rows, {manifest.passages:,} passages"
         + (f" ({', '.join(notes)} left out)" if notes else "")
@@ -130,13 +135,15 @@ def _overridden(recipe: Recipe, name: str, info: TaskInfo) -> TaskInfo:
 
 def _write_settings(recipe: Recipe) -> WriteSettings:
     data = recipe.data
-    return WriteSettings(data.max_reject_share, data.dev_queries, data.dev_corpus)
+    return WriteSettings(data.max_reject_share, data.dev_queries, data.dev_corpus, data.policies)
 
 
 def _source_key(recipe: Recipe, fingerprint: str, info: TaskInfo) -> str:
     """Key of everything that the written task depends on."""
     data = recipe.data
     parts = [READER, fingerprint, repr(info), data.dev_queries, data.dev_corpus, data.max_reject_share]
+    if data.policies != PolicySettings():  # a store written before there were policies stays up to date
+        parts.append(data.policies.model_dump())
     return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -175,6 +182,11 @@ def _parse(batch: pa.Table) -> Iterator[pa.Table]:
     for blob in batch["chunk"]:
         chunk: Chunk | Reject = pickle.loads(blob.as_py())
         yield parsed_table([chunk] if isinstance(chunk, Reject) else parse_chunk(chunk))
+
+
+def data_map(name: str, rows: int) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]:
+    """Return `ray_map`, or the plain `map` for so few rows that starting workers takes longer than the work."""
+    return ray_map(name) if rows > SMALL else map
 
 
 def ray_map(name: str) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]:

@@ -19,18 +19,21 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from tdro_ray.config import MineSettings, Recipe, mining_seed
+from tdro_ray.config import MineSettings, Recipe, mining_seed, mining_settings
 from tdro_ray.data.bm25 import BM25, guess_language
 from tdro_ray.data.collection import Collection, TaskManifest
 from tdro_ray.data.dedup import KEY_BYTES, text_key
-from tdro_ray.data.negatives import PassageClasses, choose, shared_positives
+from tdro_ray.data.dense import dense_hits, dense_report
+from tdro_ray.data.negatives import Chosen, PassageClasses, choose, shared_positives
 from tdro_ray.data.publish import store_lock, write_manifest
 from tdro_ray.data.ray_data import quiet
 from tdro_ray.errors import DataError
+from tdro_ray.types import Kind
 
 MINER = 1  # raised when mining changes, so that negatives mined before are mined again
 RANGE_ROWS = 1000  # rows per mining task
 READ_ROWS = 4096  # rows or passages read at a time
+Encode = Callable[[Sequence[tuple[str, Kind, str]]], np.ndarray]
 _NEGATIVES = pa.field("negatives", pa.list_(pa.int64()))
 
 
@@ -38,17 +41,21 @@ _NEGATIVES = pa.field("negatives", pa.list_(pa.int64()))
 class TaskIndex:
     """What mining a row needs to know of its task; made once, shared by all workers."""
 
-    bm25: BM25
+    bm25: BM25 | None  # None: an encoder searches
     classes: PassageClasses
     shared: dict[int, list[int]]  # row -> positives of all rows with the same query
 
 
 def mine(
-    recipe: Recipe, store: Path, names: Sequence[str], progress: Callable[[str], None] = lambda line: None
+    recipe: Recipe,
+    store: Path,
+    names: Sequence[str],
+    progress: Callable[[str], None] = lambda line: None,
+    encode: Encode | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Give every row of the tasks `names` its `negatives` column; return what each manifest says of it, by name.
 
-    A task whose rows and settings are unchanged is left alone. Raises DataError for a task that is not in the store.
+    Under `mine.method: encoder` the vectors come from `encode`, which takes (text, kind, task) items. A task whose rows and settings are unchanged is left alone. Raises DataError for a task that is not in the store.
     """
     results: dict[str, dict[str, Any]] = {}
     with store_lock(store):
@@ -60,11 +67,19 @@ def mine(
                 results[name] = manifests[name].negatives
                 progress(f"{name}: negatives up to date")
         build = ray.remote(num_cpus=1)(_build_index)
-        index = build.remote(store / todo[0], manifests[todo[0]].info.language) if todo else None
+        dense = encode is not None
+        index = build.remote(store / todo[0], manifests[todo[0]].info.language, dense) if todo else None
         for name, following in pairwise([*todo, None]):
             assert name is not None
-            next_index = build.remote(store / following, manifests[following].info.language) if following else None
-            negatives = _mine_task(recipe, store / name, index, keys[name])
+            next_index = (
+                build.remote(store / following, manifests[following].info.language, dense) if following else None
+            )
+            tables, report = (
+                _mine_dense(recipe, store / name, ray.get(index), encode)
+                if encode
+                else (_mine_bm25(recipe, store / name, index), {})
+            )
+            negatives = _commit(recipe, store / name, tables, keys[name]) | report
             write_manifest(store / name, replace(manifests[name], negatives=negatives))
             results[name] = negatives
             progress(
@@ -83,7 +98,7 @@ def _manifest(store: Path, name: str) -> TaskManifest:
 
 
 def _mine_key(recipe: Recipe, manifest: TaskManifest) -> str:
-    settings = recipe.mine.model_dump(mode="json", exclude={"seed"})
+    settings = mining_settings(recipe.mine)
     parts = [MINER, manifest.hash, manifest.info.language, mining_seed(recipe), settings]
     return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -91,10 +106,10 @@ def _mine_key(recipe: Recipe, manifest: TaskManifest) -> str:
 # The index
 
 
-def _build_index(folder: Path, language: str) -> TaskIndex:
+def _build_index(folder: Path, language: str, dense: bool = False) -> TaskIndex:
     collection = Collection(folder)
     language = language or guess_language(next(_passage_texts(collection), []))
-    bm25 = BM25(_passage_texts(collection), language)
+    bm25 = None if dense else BM25(_passage_texts(collection), language)
     classes = PassageClasses.of(_passage_texts(collection))
     query_keys: list[bytes] = []
     positives: list[list[int]] = []
@@ -112,8 +127,8 @@ def _passage_texts(collection: Collection) -> Iterator[list[str]]:
 # The job
 
 
-def _mine_task(recipe: Recipe, folder: Path, index: Any, key: str) -> dict[str, Any]:
-    """Mine one task, commit the column, and return the manifest's entry."""
+def _mine_bm25(recipe: Recipe, folder: Path, index: Any) -> list[pa.Table]:
+    """Return the task's negatives in row order."""
     quiet()
     name, rows = folder.name, len(Collection(folder))
     starts = list(range(0, rows, RANGE_ROWS))
@@ -124,7 +139,31 @@ def _mine_task(recipe: Recipe, folder: Path, index: Any, key: str) -> dict[str, 
         num_cpus=1,  # pure computing: a smaller share would only start more processes than there are cores
     )
     job.set_name(f"mine:{name}")
-    tables = list(job.iter_batches(batch_size=None, batch_format="pyarrow"))
+    return list(job.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def _mine_dense(recipe: Recipe, folder: Path, task: TaskIndex, encode: Encode) -> tuple[list[pa.Table], dict[str, Any]]:
+    """Return the task's negatives in row order, and the report. All vectors of the task are in memory."""
+    collection, settings = Collection(folder), recipe.mine
+    rows = collection.take_rows(range(len(collection)), ["id", "query", "positives", "given_negatives"])
+    records = rows.to_pylist()
+    items: list[tuple[str, Kind, str]] = [(record["query"], "query", folder.name) for record in records]
+    items += [(text, "passage", folder.name) for texts in _passage_texts(collection) for text in texts]
+    vectors = encode(items)
+    hits = dense_hits(
+        vectors[: len(records)],
+        vectors[len(records) :],
+        [record["positives"] for record in records],
+        settings,
+        recipe.scale.use_gpu,
+    )
+    chosen = _choose_rows(range(len(records)), records, hits.passages, task, folder.name, settings, mining_seed(recipe))
+    return [_table(chosen)], dense_report(hits, [c.negatives for c in chosen], collection, records)
+
+
+def _commit(recipe: Recipe, folder: Path, tables: list[pa.Table], key: str) -> dict[str, Any]:
+    """Commit the column, and return the manifest's entry."""
+    rows = len(Collection(folder))
     table = pa.concat_tables(tables)
     column = table["negatives"].combine_chunks()
     hasher = blake2b(digest_size=16)
@@ -152,24 +191,43 @@ def _mine_range(
     for start in batch["start"].tolist():
         rows = range(start, min(start + RANGE_ROWS, len(collection)))
         records = collection.take_rows(rows, ["id", "query", "positives", "given_negatives"]).to_pylist()
+        assert task.bm25 is not None
         found = task.bm25.search([record["query"] for record in records], settings.last_rank)
-        chosen = []
-        for row, record, hits in zip(rows, records, found):
-            forbidden = {int(task.classes.class_P[p]) for p in task.shared.get(row, record["positives"])}
-            own = task.classes.by_key.get(text_key(record["query"]))
-            rng = Random(f"{seed}/{folder.name}/{record['id']}/{row}")
-            chosen.append(
-                choose(
-                    record["given_negatives"],
-                    hits[settings.first_rank - 1 :].tolist(),
-                    forbidden if own is None else forbidden | {own},
-                    task.classes.class_P,
-                    settings.num_negatives,
-                    rng,
-                )
+        ranked = [hits[settings.first_rank - 1 :] for hits in found]
+        yield _table(_choose_rows(rows, records, ranked, task, folder.name, settings, seed))
+
+
+def _choose_rows(
+    rows: range,
+    records: Sequence[dict[str, Any]],
+    found: Sequence[np.ndarray],
+    task: TaskIndex,
+    name: str,
+    settings: MineSettings,
+    seed: int,
+) -> list[Chosen]:
+    """Choose each row's negatives among what was found for it."""
+    chosen = []
+    for row, record, hits in zip(rows, records, found):
+        forbidden = {int(task.classes.class_P[p]) for p in task.shared.get(row, record["positives"])}
+        own = task.classes.by_key.get(text_key(record["query"]))
+        rng = Random(f"{seed}/{name}/{record['id']}/{row}")
+        chosen.append(
+            choose(
+                record["given_negatives"],
+                hits.tolist(),
+                forbidden if own is None else forbidden | {own},
+                task.classes.class_P,
+                settings.num_negatives,
+                rng,
             )
-        counts = {what: [getattr(c, what) for c in chosen] for what in ("given", "mined", "random")}
-        yield pa.table({"negatives": pa.array([c.negatives for c in chosen], _NEGATIVES.type), **counts})
+        )
+    return chosen
+
+
+def _table(chosen: Sequence[Chosen]) -> pa.Table:
+    counts = {what: [getattr(c, what) for c in chosen] for what in ("given", "mined", "random")}
+    return pa.table({"negatives": pa.array([c.negatives for c in chosen], _NEGATIVES.type), **counts})
 
 
 def _commit_column(folder: Path, table: pa.Table) -> int:
@@ -179,7 +237,10 @@ def _commit_column(folder: Path, table: pa.Table) -> int:
     """
     import lance
 
-    dataset = lance.dataset(str(folder / "rows.lance"))
+    dataset = Collection(folder).rows
+    if dataset.version != dataset.latest_version:  # a cleaning or mining cut short, or cleaned otherwise since
+        dataset.restore()
+        dataset = lance.dataset(str(folder / "rows.lance"))
     if _NEGATIVES.name in dataset.schema.names:
         dataset.drop_columns([_NEGATIVES.name])
     dataset.add_columns(table.to_reader())

@@ -25,11 +25,11 @@ def write_manifest(folder: Path, manifest: TaskManifest) -> None:
 
 
 def publish(store: Path, folder: Path, manifest: TaskManifest) -> TaskManifest:
-    """Move a written task into the store. A task whose content is the same stays, with its mined negatives."""
+    """Move a written task into the store. A task whose content is the same stays, cleaned and with its mined negatives."""
     place = store / manifest.name
     old = read_manifest(store, manifest.name)
-    if old is not None and (old.hash, old.tests_hash) == (manifest.hash, manifest.tests_hash):
-        manifest = replace(manifest, negatives=old.negatives)
+    if old is not None and (old.ingested_hash, old.tests_hash) == (manifest.hash, manifest.tests_hash):
+        manifest = replace(manifest, rows=old.rows, hash=old.hash, clean=old.clean, negatives=old.negatives)
         write_manifest(place, manifest)
         shutil.rmtree(folder)
     else:

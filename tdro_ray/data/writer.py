@@ -11,7 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tdro_ray.config import PolicySettings
 from tdro_ray.data.collection import PASSAGE_SCHEMA, ROW_SCHEMA, TaskManifest, write_beir
 from tdro_ray.data.dedup import KEY_BYTES, passage_key, row_key, text_key
 from tdro_ray.data.formats import UNREADABLE, Reject
@@ -45,6 +46,12 @@ PARSED_SCHEMA = pa.schema(
     ]
 )
 _STAGED_SCHEMA = pa.schema([*ROW_SCHEMA, pa.field("query_key", _KEY), pa.field("content_key", _KEY)])
+POLICY_TEXTS = {
+    "duplicated_id": "an earlier row has this id",
+    "docid_with_two_texts": "one of its docids stood for another text before",
+    "positive_in_negatives": "a positive is among its negatives",
+    "query_is_passage": "the query is its own positive passage",
+}
 FLUSH_BYTES = 64 << 20  # of passages per append to Lance
 
 
@@ -113,6 +120,7 @@ class WriteSettings:
     max_reject_share: float
     dev_queries: int
     dev_corpus: int
+    policies: PolicySettings = field(default_factory=PolicySettings)
 
 
 class TaskWriter:
@@ -135,6 +143,9 @@ class TaskWriter:
         self.test_query_keys = {text_key(q) for q in test.queries.values()} if test else set()
         self.numbers: dict[bytes, int] = {}  # passage key -> number, in order of first use
         self.seen: set[bytes] = set()
+        self.kept = 0  # rows
+        self.ids: set[str] = set()  # of rows, kept only where the policy asks for it, as are the texts of docids
+        self.text_of: dict[str, bytes] = {}  # docid -> passage key
         self.counts: Counter[str] = Counter(lines=0, duplicates=0, decontaminated=0, self_negatives=0)
         self.rejects: Counter[str] = Counter()
         self.first_rejects: list[str] = []
@@ -154,8 +165,11 @@ class TaskWriter:
             self._reject(Reject(*json.loads(line)))
         table = table.filter(pc.invert(refused))
         table = table.filter(pa.array(self._wanted(table), pa.bool_()))
+        if self.settings.policies != PolicySettings():
+            table = table.filter(pa.array([self._allowed(row) for row in table.to_pylist()], pa.bool_()))
         if not table.num_rows:
             return
+        self.kept += table.num_rows
         self.counts["self_negatives"] += pc.sum(table["self_negatives"]).as_py()
         lists = table["passages"].combine_chunks()
         numbers = self._number(lists.flatten())
@@ -193,6 +207,32 @@ class TaskWriter:
             wanted.append(False)
         return wanted
 
+    def _allowed(self, row: dict[str, Any]) -> bool:
+        """Apply the policies to a row that would stay; count what they drop. Raises DataError under `fail`."""
+        policies, row_id, passages = self.settings.policies, row["id"], row["passages"]
+        positives = [Passage(p["docid"], p["text"], p["title"] or "") for p in passages[: row["num_positives"]]]
+        found = {
+            "query_is_passage": any(text_key(p.full_text) == row["query_key"] for p in positives),
+            "positive_in_negatives": row["self_negatives"] > 0,
+        }
+        if policies.duplicated_id != "keep":
+            found["duplicated_id"] = row_id in self.ids
+            self.ids.add(row_id)
+        if policies.docid_with_two_texts != "keep":
+            named = [p for p in passages if p["docid"]]
+            found["docid_with_two_texts"] = any(self.text_of.get(p["docid"], p["key"]) != p["key"] for p in named)
+        for name in (name for name, is_so in found.items() if is_so):
+            if getattr(policies, name) == "fail":
+                raise DataError(
+                    f"Task {self.name!r}, row {row_id!r}: {POLICY_TEXTS[name]}. Mend the source, or set data.policies.{name}=drop."
+                )
+            if name != "positive_in_negatives" and getattr(policies, name) == "drop":
+                self.counts[name] += 1
+                return False
+        if policies.docid_with_two_texts != "keep":
+            self.text_of.update((p["docid"], p["key"]) for p in named)
+        return True
+
     def _number(self, passages: pa.StructArray) -> np.ndarray:
         """Number the passages, new ones in order of first use, and keep the new ones for writing."""
         numbers, fresh = [], []
@@ -226,7 +266,7 @@ class TaskWriter:
         self._staged.close()
         self._rejects_file.close()
         self._check_rejects()
-        if not self.seen:
+        if not self.kept:
             self.abandon()
             raise DataError(self._empty_message())
         self._flush()

@@ -4,6 +4,7 @@
     versions.json, serve.json         packages; sample searches
     stages/<stage>/manifest.json      {"stage", "key", "seconds", "finished", "line", "summary", "outputs"}
     stages/<stage>/metrics.jsonl      one JSON object per logged step, for the stages that train
+    stages/clean/clean.json, audit.json   rows that repeat others; lengths, languages, repeats of each task
     weights/<name>.json               weight files
     weights/trajectory.parquet        weights over stage 1
     seeds.json                        results and weights over several seeds
@@ -29,6 +30,7 @@ T = TypeVar("T")
 BASELINE = "uniform"  # the model that every other one is compared with
 STAGES = (
     "ingest",
+    "clean",
     "mine",
     "reference",
     "score",
@@ -57,6 +59,8 @@ class RunFacts:
     per_query: dict[str, dict[str, dict[str, float]]]  # model -> task -> query -> score
     seeds: dict[str, Any] = field(default_factory=dict)  # what several seeds say together, {} for one
     influence: dict[str, Any] = field(default_factory=dict)  # what `tdro influence` found
+    cleaning: dict[str, Any] = field(default_factory=dict)  # rows that repeat test queries or others, by task
+    audit: dict[str, Any] = field(default_factory=dict)  # of each task's texts
     problems: list[str] = field(default_factory=list)  # files that are there and cannot be read
 
     @property
@@ -91,8 +95,13 @@ class RunFacts:
         return named[0] if named else "ndcg@10"
 
     def rows(self, task: str) -> int | None:
-        """Training rows of a task, from the ingest or a weight file."""
-        sources = [self.ingested.get(task, {}).get("rows"), *(w.sizes.get(task) for w in self.weights.values())]
+        """Training rows of a task, from the cleaning, the ingest or a weight file."""
+        cleaned = self.stages.get("clean", {}).get("summary", {}).get("tasks", {})
+        sources = [
+            cleaned.get(task, {}).get("rows"),
+            self.ingested.get(task, {}).get("rows"),
+            *(w.sizes.get(task) for w in self.weights.values()),
+        ]
         return next((int(rows) for rows in sources if rows is not None), None)
 
     def score(self, model: str, task: str, measure: str | None = None) -> float | None:
@@ -136,6 +145,8 @@ def collect(run_folder: Path) -> RunFacts:
         evals={model: evals[model] for model in _model_order(evals, config)},
         per_query={model: scores for model, scores in per_query.items() if model in evals and scores},
         influence=read(folder / "influence" / "influence.json"),
+        cleaning=read(folder / "stages" / "clean" / "clean.json"),
+        audit=read(folder / "stages" / "clean" / "audit.json"),
         seeds=read(folder / "seeds.json") if int(config.get("seeds") or 1) > 1 else {},
         problems=problems,
     )

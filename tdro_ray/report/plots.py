@@ -88,6 +88,34 @@ def seed_weights(name: str, width: int, rows: Sequence[tuple[str, Sequence[float
     return draw(name, "Learned weight of each task under every seed", width, 23 * len(rows) + 62, paint)
 
 
+def length_profiles(name: str, width: int, rows: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> str:
+    """Small histograms, one line per task of (task, queries, passages): counts by powers of two of the length."""
+
+    def paint(axes: Any) -> None:
+        for which, (label, colour) in enumerate((("queries", SERIES[1]), ("passages", SERIES[2])), 1):
+            for at, row in enumerate(rows):
+                counts = np.asarray(row[which], float)
+                heights = 0.8 * counts / max(1.0, counts.max(initial=0.0))
+                shown = label if at == 0 else None
+                axes.bar(
+                    np.arange(len(counts)) + 0.45 * (which - 1) + 0.05,
+                    -heights,  # the axis of categories points down
+                    width=0.43,
+                    bottom=at + 0.4,
+                    align="edge",
+                    color=colour,
+                    label=shown,
+                )
+        categories(axes, range(len(rows)), [row[0] for row in rows], width)
+        most = max((len(counts) for row in rows for counts in row[1:]), default=1)
+        ticks = list(range(0, most + 1, 2 if width > NARROW else 4))
+        axes.set_xticks(ticks, [f"{2**t:,}" for t in ticks])
+        axes.set_xlabel("characters, log scale")
+        legend_above(axes, width, ["queries", "passages"])
+
+    return draw(name, "Lengths of queries and passages of each task", width, 34 * len(rows) + 90, paint)
+
+
 def heat(
     name: str,
     width: int,

@@ -5,7 +5,7 @@ is up to date ends at once.
 """
 
 from tdro_ray.stages import rivals
-from tdro_ray.stages.data import collections, ingest, mine, negatives_key, task_names
+from tdro_ray.stages.data import clean, collections, ingest, mine, negatives_key, task_names
 from tdro_ray.stages.results import best_model, evaluate, index, index_folder, tests_of
 from tdro_ray.stages.rivals import COMPARED, RIVALS, mixture_of, mixtures
 from tdro_ray.stages.seeds import seeds
@@ -41,6 +41,7 @@ __all__ = [
     "base_folder",
     "batch_recipe",
     "best_model",
+    "clean",
     "collections",
     "evaluate",
     "finetune",

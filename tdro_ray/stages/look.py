@@ -39,6 +39,7 @@ class Look(Run):
 def look(run: Look, last: Mapping[str, Callable[[Any], Any]]) -> None:
     """Fill `run.current`, in the order in which the stages run."""
     run.see("ingest", stages.ingest)
+    run.see("clean", _clean, "ingest")
     run.see("mine", _mine, "ingest")
     run.see("model", stages.model, "ingest")
     run.see("reference", stages.reference, "mine", "model")
@@ -63,6 +64,13 @@ def look(run: Look, last: Mapping[str, Callable[[Any], Any]]) -> None:
     for name, call in last.items():
         run.see(name, call, before)
         before = name
+
+
+def _clean(run: Look) -> None:
+    # As below: the stage deletes its manifest where the store is not what it says.
+    key = run.manifest("clean").get("key")
+    if key and all(c.manifest.clean.get("key") == key for c in stages.collections(run)):
+        stages.clean(run)
 
 
 def _mine(run: Look) -> None:

@@ -28,7 +28,7 @@ from tdro_ray.stages.rivals import prefix, stage1_rivals
 from tdro_ray.stages.training import BASELINE
 from tdro_ray.stages.weights import model_folders
 
-SHARED = ("ingest", "mine")  # stages whose outcome does not depend on the run's seed
+SHARED = ("ingest", "clean", "mine")  # stages whose outcome does not depend on the run's seed
 INTERVAL = 1.0  # seconds between two looks at the seeds' processes
 
 

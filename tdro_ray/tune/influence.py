@@ -27,7 +27,7 @@ def influence(run: Run) -> list[list[str]]:
 
     Raises DataError when no task has dev queries or there is only one task.
     """
-    for stage in (stages.ingest, stages.mine, stages.model):
+    for stage in (stages.ingest, stages.clean, stages.mine, stages.model):
         stage(run)
     recipe, found = run.recipe, stages.collections(run)
     if len(found) < 2 or not any(c.manifest.dev_queries for c in found):

@@ -21,7 +21,7 @@ def prepare(run: Run) -> str:
     The key holds everything but the searched settings that decides a trial's result. Raises DataError when no task
     has dev queries.
     """
-    for stage in (stages.ingest, stages.mine, stages.model, stages.reference):
+    for stage in (stages.ingest, stages.clean, stages.mine, stages.model, stages.reference):
         stage(run)
     recipe, settings = run.recipe, run.recipe.tune
     found = stages.collections(run)

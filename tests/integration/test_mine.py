@@ -1,10 +1,13 @@
 """Mining on a real Ray: never a positive, filled, repeatable, and unseen until the manifest names it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from zlib import crc32
 
+import numpy as np
 import pytest
+from tiny import make_collections, tdro, write_recipe
 
 from tdro_ray.config import Recipe
 from tdro_ray.data import mine as mine_module
@@ -143,3 +146,58 @@ def test_a_cut_between_column_and_manifest_changes_nothing(
 def test_unknown_task(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Run `tdro ingest` first"):
         mine(Recipe(), tmp_path, ["nope"])
+
+
+def words_as_vectors(items: Sequence[tuple[str, str, str]]) -> np.ndarray:
+    """A made-up encoder: unit vectors of the words' counts."""
+    out = np.zeros((len(items), 64), np.float32)
+    for at, (text, _, _) in enumerate(items):
+        for word in text.lower().split():
+            out[at, crc32(word.encode()) % 64] += 1
+    return out / np.linalg.norm(out, axis=1, keepdims=True)
+
+
+def test_an_encoder_mines_within_the_margins(source: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    names = list(ingest(recipe(source), store))
+    first = mine(recipe(source), store, names)
+    asked = recipe(source, method="encoder", model="made up", first_rank=1, last_rank=100, margin_relative=0.9)
+    report = mine(asked, store, names, encode=words_as_vectors)
+    assert report["task"]["hash"] != first["task"]["hash"] and report["task"]["version"] > first["task"]["version"]
+    collection = CollectionStore(store)["task"]
+    rows = collection.take_rows(range(len(collection))).to_pylist()
+    texts = collection.take_texts(range(collection.manifest.passages))
+    passage_PD = words_as_vectors([(text, "passage", "task") for text in texts])
+    query_QD = words_as_vectors([(row["query"], "query", "task") for row in rows])
+    within = mined = 0
+    for row, query_D in zip(rows, query_QD):
+        score_P = passage_PD @ query_D
+        positive = min(score_P[p] for p in row["positives"])
+        twins = {text_key(texts[p]) for p in row["positives"]}
+        assert len(row["negatives"]) == 4 and not twins & {text_key(texts[n]) for n in row["negatives"]}
+        within += sum(score_P[n] <= positive - 0.1 * abs(positive) + 1e-6 for n in row["negatives"])
+        mined += len(row["negatives"])
+    found = report["task"]
+    filled = found["random_filled"] + len(rows) * found["mean_given"]
+    assert mined - within <= filled and found["mean_mined"] > 0
+    assert 0 < found["share_filtered"] < 1 and found["margin_percentiles"] == sorted(found["margin_percentiles"])
+    assert found["margin_percentiles"][0] > 0 and found["examples"][0]["negative"] in texts
+    again = mine(asked, store, names, encode=words_as_vectors)
+    assert again["task"] == report["task"], "up to date"
+
+
+@pytest.mark.long
+def test_the_reference_model_mines(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, make_collections(tmp_path / "source"))
+    encoder = ["--set", "mine.method=encoder", "--set", "mine.model=reference"]
+    for command in ("ingest", "mine", "reference"):
+        if command == "mine":
+            refused = tdro(command, path, *encoder, runs=tmp_path / "runs")
+            assert refused.returncode == 2 and "no trained reference yet" in refused.stderr
+        done = tdro(command, path, runs=tmp_path / "runs")
+        assert done.returncode == 0, done.stderr[-2000:]
+    done = tdro("mine", path, *encoder, runs=tmp_path / "runs")
+    assert done.returncode == 0, done.stderr[-2000:]
+    written = json.loads((tmp_path / "runs" / "small" / "stages" / "mine" / "mine.json").read_text())["tasks"]
+    assert all(task["method"] == "encoder" and task["examples"] for task in written.values())
+    assert "up to date" in tdro("mine", path, *encoder, runs=tmp_path / "runs").stdout

@@ -15,6 +15,7 @@ from tdro_ray.dro.files import read_trajectory, read_weights
 
 STAGES = [
     "ingest",
+    "clean",
     "mine",
     "model",
     "reference",

@@ -50,6 +50,7 @@ def make_run(
     write_json(folder / "versions.json", {"python": "3.11.9", "torch": "2.13.0", "ray": "2.60.0", "tdro_ray": "0.1.0"})
     write_weight_files(folder, tasks, learned, sizes, alpha, steps)
     write_stages(folder, tasks, sizes, untested, queries)
+    write_cleaning(folder, tasks, sizes)
     write_results(folder, rng, [t for t in tasks if t != untested], gain, queries)
     write_json(folder / "serve.json", {"url": "http://127.0.0.1:8000", "queries": searches()})
     return folder
@@ -114,7 +115,7 @@ def write_weight_files(
 
 
 def write_stages(folder: Path, tasks: list[str], sizes: dict[str, int], untested: str, queries: int) -> None:
-    seconds = {"ingest": 41.2, "mine": 22.7, "reference": 68.0, "score": 12.4, "optimize": 54.3, "finetune-current": 66.1, "finetune-top70": 64.9, "evaluate": 31.5, "index": 6.1, "serve": 9.8}  # fmt: skip
+    seconds = {"ingest": 41.2, "clean": 3.1, "mine": 22.7, "reference": 68.0, "score": 12.4, "optimize": 54.3, "finetune-current": 66.1, "finetune-top70": 64.9, "evaluate": 31.5, "index": 6.1, "serve": 9.8}  # fmt: skip
     ingested = {
         task: {
             "rows": sizes[task],
@@ -172,6 +173,30 @@ def write_stages(folder: Path, tasks: list[str], sizes: dict[str, int], untested
                 )
             )
         (folder / "stages" / stage / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_cleaning(folder: Path, tasks: list[str], sizes: dict[str, int]) -> None:
+    """What cleaning leaves: one task's text among the examples."""
+    lengths = {"p50": 40, "p95": 90, "max": 200, "mean": 44.0, "histogram": [0, 0, 1, 5, 60, 30, 2]}
+    example = {"reason": "contaminated", "dropped": True, "row": 3, "id": "3", "query": tasks[-1], "other": f"{tasks[0]}/test", "other_id": "q1", "other_query": tasks[-1], "similarity": 0.95}  # fmt: skip
+    cleaned = {
+        task: {
+            "rows": sizes[task],
+            "kept": sizes[task] - 1,
+            "counts": {"contaminated": 1, "near_duplicates": 2, "across_tasks": 0},
+            "examples": [example],
+        }
+        for task in tasks
+    }
+    settings = {"threshold": 0.9, "contaminated": "drop", "near_duplicates": "report", "across_tasks": "report"}
+    write_json(
+        folder / "stages" / "clean" / "clean.json", {"settings": settings, "test_queries": 900, "tasks": cleaned}
+    )
+    audit = {
+        "query_characters": lengths, "passage_characters": lengths, "query_languages": {"en": 0.9, "de": 0.1}, "repeated_queries": 3,
+        "rows_with_shared_positive": 0.1, "rows_without_negatives": 1.0, "query_is_passage": 0, "ids_with_two_queries": 0, "docids_with_two_texts": 0,
+    }  # fmt: skip
+    write_json(folder / "stages" / "clean" / "audit.json", {task: {"rows": sizes[task], **audit} for task in tasks})
 
 
 def write_results(folder: Path, rng: np.random.Generator, tasks: list[str], gain: float, queries: int) -> None:

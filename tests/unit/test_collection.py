@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tdro_ray.config import PolicySettings
 from tdro_ray.data import publish as publish_module
 from tdro_ray.data.collection import Collection, CollectionStore, TaskManifest, read_beir, write_beir
 from tdro_ray.data.formats import Reject
@@ -198,3 +199,40 @@ def test_dev_rows_of_nothing() -> None:
     import pyarrow as pa
 
     assert dev_rows(pa.table({"positives": pa.array([[0]]), "query_key": [b"x"]}), [b"k"], 5).dtype == np.int64
+
+
+CONTRADICTIONS = [
+    row(0),
+    Row("r0", "another query", (Passage("d1", "text 1"),)),  # id of the first row
+    Row("r2", "third query", (Passage("d0", "not text 0"),)),  # docid of the first row's passage
+    row(3, negatives=("text 3", "n")),
+    row(4, query="Text  4"),
+]
+
+
+@pytest.mark.parametrize(
+    ("policy", "lost", "says"),
+    [
+        ("duplicated_id", 1, "row 'r0': an earlier row has this id"),
+        ("docid_with_two_texts", 2, "row 'r2': one of its docids stood for another text"),
+        ("query_is_passage", 4, "row 'r4': the query is its own positive"),
+        ("positive_in_negatives", None, "row 'r3': a positive is among its negatives"),
+    ],
+)
+def test_policies_for_rows_that_contradict_themselves(tmp_path: Path, policy: str, lost: int | None, says: str) -> None:
+    queries = [r.query for r in CONTRADICTIONS]
+    assert write(tmp_path / "default", CONTRADICTIONS).rows == 5
+    asked = dataclasses.replace(SETTINGS, policies=PolicySettings.model_validate({policy: "drop"}))
+    manifest = write(tmp_path / "drop", CONTRADICTIONS, asked)
+    kept = Collection(tmp_path / "drop" / "task").take_rows(range(manifest.rows))["query"].to_pylist()
+    assert kept == [query for n, query in enumerate(queries) if n != lost]
+    assert manifest.counts.get(policy, 0) == (lost is not None) and manifest.counts["self_negatives"] == 1
+    asked = dataclasses.replace(SETTINGS, policies=PolicySettings.model_validate({policy: "fail"}))
+    with pytest.raises(DataError, match=f"{says}.*data.policies.{policy}=drop"):
+        write(tmp_path / "fail", CONTRADICTIONS, asked)
+
+
+def test_policies_that_drop_every_row_are_refused(tmp_path: Path) -> None:
+    asked = dataclasses.replace(SETTINGS, policies=PolicySettings(query_is_passage="drop"))
+    with pytest.raises(DataError, match=r"no training row left .*1 query_is_passage"):
+        write(tmp_path, [row(0, "text 0")], asked)

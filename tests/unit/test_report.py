@@ -106,13 +106,15 @@ def test_a_whole_run_has_every_part(run_folder: Path) -> None:
     text = path.read_text(encoding="utf-8")
     tags = assert_sound(text)
     assert path == run_folder / "report.html"
-    assert tags.count["svg"] == 2 * 6  # six plots, each for wide screens and for phones
+    assert tags.count["svg"] == 2 * 7  # seven plots, each for wide screens and for phones
     assert "not run yet" not in text
     for words in [
         "current beats uniform",
         "top70",
         "Holm",
         "parse an ISO 8601 date",
+        "Near a test query",
+        "Shared positive",
         "effective tasks",
         "torch",
         "tdro run",
@@ -151,7 +153,7 @@ def test_an_empty_folder_says_what_has_not_run(tmp_path: Path) -> None:
 
 
 PARTS = ["config.json", "versions.json", "serve.json", "stages", "weights", "eval", "stages/ingest", "stages/optimize",
-         "weights/trajectory.parquet", "weights/current.json", "eval/uniform.json", "eval/uniform.per_query.json", "eval/current.per_query.json"]  # fmt: skip
+         "weights/trajectory.parquet", "weights/current.json", "stages/clean", "stages/clean/audit.json", "eval/uniform.json", "eval/uniform.per_query.json", "eval/current.per_query.json"]  # fmt: skip
 
 
 @pytest.mark.usefixtures("light_plots")
