@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tdro_ray.config import load_recipe
 from tdro_ray.dro.measures import signal
 from tdro_ray.dro.weights import TaskWeights, row_weights
 
@@ -119,6 +120,11 @@ def one_proxy(seed: int, measure: str, held_out: bool, options: dict[str, object
 def reference_of(seed: int) -> Encoder:
     draw_train, _ = make_tasks(seed)
     return train(draw_train, REFERENCE_STEPS, seed, lambda _, rows, loss_N: torch.full_like(loss_N, 1 / len(loss_N)))
+
+
+def test_our_recipes_use_the_mended_measure_on_held_out_rows() -> None:
+    settings = load_recipe("real").optimize
+    assert (settings.measure, settings.measure_options, settings.rows) == ("excess", MENDED, "heldout")
 
 
 def test_the_mended_measure_gives_weight_to_what_can_still_be_learned() -> None:
