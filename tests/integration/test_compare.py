@@ -19,7 +19,10 @@ from tdro_ray.pipeline import Run
 
 RIVALS = "proportional,n^0.5,group_dro,apart,crossed,scaled,official.top70"
 OWN = {
-    "apart": {"optimize": {"rows": "heldout", "folds": 4, "start": 0.5}, "weights": "tail"},
+    "apart": {
+        "optimize": {"rows": "heldout", "folds": 4, "start": 0.5, "top_rows": [70], "top_tokens": [40]},
+        "weights": "tail",
+    },
     "crossed": {"optimize": {"rows": "crossfit", "folds": 2, "measure": "excess", "tolerance": 0.9, "window": 2}},
     "scaled": {"optimize": {"measure": "official"}, "use": "loss"},
 }
@@ -127,6 +130,14 @@ def test_rivals_use_their_weights_as_they_say(run):
     assert len(set(json.loads(metrics[-1])["alpha"])) == 3
     kept = run.manifest("finetune-official.top70")["summary"]["steps_per_task"]
     assert sorted(kept.values()) == [0, 4, 4]
+
+
+def test_selections_keep_at_most_the_share_of_rows_or_tokens_that_is_asked(run):
+    alpha = read_weights(run.folder / "weights" / "apart.current.json").weights
+    ranked = sorted(alpha, key=lambda task: -alpha[task])
+    kept = read_weights(run.folder / "weights" / "apart.rows70.json")
+    assert set(kept.weights) == set(ranked[:2]) and kept.meta["kept_rows"] == pytest.approx(2 / 3)
+    assert set(read_weights(run.folder / "weights" / "apart.tokens40.json").weights) == set(ranked[:1])
 
 
 def test_the_report_has_the_seeds_and_a_misspelt_rival_ends_at_once(made):

@@ -1,12 +1,14 @@
 """Mixtures by name, and what several seeds say together."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tdro_ray.config import Recipe, ScaleSettings
 from tdro_ray.errors import ConfigError
 from tdro_ray.evaluate.seeds import agreement, interval
+from tdro_ray.stages import weights
 from tdro_ray.stages.rivals import (
     COMPARED,
     RIVALS,
@@ -96,3 +98,15 @@ def test_intervals_are_students_and_agreement_is_kendalls():
     assert agreement([same, same]) == 1.0 and agreement([same, turned]) == -1.0
     assert agreement([same, same, turned]) == pytest.approx(-1 / 3)
     assert agreement([same]) is None
+
+
+def test_weight_beyond_the_repeats_allowed_goes_to_the_other_tasks(monkeypatch):
+    """Fine-tuning draws 4 x 5 = 20 rows: two passes over the 4 rows of `a` are a share of 0.4."""
+    sizes = {"a": 4, "b": 30, "c": 30}
+    tasks = [SimpleNamespace(name=name, manifest=SimpleNamespace(rows=rows)) for name, rows in sizes.items()]
+    monkeypatch.setattr(weights, "collections", lambda run: tasks)
+    short = {"steps": 4, "batch_size": 5}
+    run = SimpleNamespace(recipe=recipe(finetune=short, max_repeats=2))
+    assert weights._capped(run, {"a": 0.8, "b": 0.2}, (0.8, 0.2, 0.0)) == pytest.approx((0.4, 0.6, 0.0))
+    free = SimpleNamespace(recipe=recipe(finetune=short))
+    assert weights._capped(free, {"a": 0.8, "b": 0.2}, (0.8, 0.2, 0.0)) == (0.8, 0.2, 0.0)

@@ -147,7 +147,12 @@ def test_held_steps_leave_alpha_alone_and_options_reach_the_measure(base, tmp_pa
     held = alphas(hold=0.5)
     assert (abs(held[:3] - 1 / 3) < 1e-12).all() and abs(held[3] - 1 / 3).max() > 1e-3
     moved = alphas()
-    for change in ({"measure_options": {"smooth": 1.0}}, {"eta_schedule": "linear"}, {"momentum": 0.9}):
+    for change in (
+        {"measure_options": {"smooth": 1.0}},
+        {"eta_schedule": "linear"},
+        {"momentum": 0.9},
+        {"size_c": 5.0},
+    ):
         assert abs(alphas(**change)[-1] - moved[-1]).max() > 1e-6
 
 
