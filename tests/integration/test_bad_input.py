@@ -160,4 +160,4 @@ def test_a_damaged_weight_file(cli, tmp_path, recipe):
     path = tmp_path / "weights.json"
     path.write_text(json.dumps({"domain_ids": ["easy"], "domain_weights": [0.5, 0.5]}))
     refused(cli("finetune", recipe, "--set", f"weights=[{path}]"), r"weights\.json")
-    refused(cli("finetune", recipe, "--set", "weights=[curent]"), r"No weights 'curent'")
+    refused(cli("finetune", recipe, "--set", "weights=[curent]"), r"No mixture 'curent'\. Did you mean 'current'")
