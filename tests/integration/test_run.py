@@ -83,7 +83,7 @@ def test_a_dry_run_after_it_says_so_and_writes_nothing(made):
     assert done.stdout.count("up to date") == len(STAGES) + 1 and "to do" not in done.stdout
     changes = ("--set", "finetune.steps=16", "--set", "compare=[proportional]")
     shown = tdro("run", recipe, "--dry-run", *changes, runs=runs).stdout.splitlines()
-    state = {line.split()[0]: "up to date" in line for line in shown[4:16] if line}
+    state = {line.split()[0]: "up to date" in line for line in shown[4:17] if line}
     assert [name for name, current in state.items() if not current] == [
         *("finetune-current", "finetune-top70", "finetune-proportional"),
         *("evaluate", "index", "serve"),
