@@ -217,7 +217,7 @@ def stage1(bench: Bench, queries: int) -> dict[str, Any]:
     budget = bench.shape.token_budget
     settings = OptimizeSettings(batch_size=queries, temperature=0.05, token_budget=budget)
     stored = step_seconds(bench, settings, batch, bench.shape.steps)
-    reference = Encoder(load_retriever(bench.base, bench.dtype), None, bench.device)  # type: ignore[arg-type]
+    reference = Encoder(load_retriever(bench.base, bench.dtype), None, bench.device)  # embeds token ids: no tokenizer
 
     def embedded(batch: Batch) -> Batch:
         vectors = reference.embed_ids(np.split(batch.ids, np.cumsum(batch.length_S)[:-1]), budget)

@@ -155,7 +155,7 @@ def their_rate(base: Path, batches: list[Pairs], length: int, mini_batch: int) -
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times.append(time.perf_counter())
 
-    class InOrder(SentenceTransformerTrainer):  # type: ignore[misc]
+    class InOrder(SentenceTransformerTrainer):
         def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> Any:
             return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
 

@@ -57,13 +57,6 @@ def check_fit(scale: ScaleSettings, cpus: float, gpus: float, where: str) -> Non
         )
 
 
-def dashboard_url() -> str:
-    """URL of the connected cluster's dashboard, or "" without one."""
-    # Ray tells it publicly only to the process that called `ray.init`, in what that returned.
-    url = ray._private.worker.get_dashboard_url()
-    return f"http://{url}" if url else ""
-
-
 def _start(scale: ScaleSettings) -> None:
     """Start Ray on this machine, beside any other that runs here; it ends with this process."""
     check_fit(scale, float(os.cpu_count() or 1), _local_gpus() if scale.use_gpu else 0.0, "this machine")

@@ -23,8 +23,9 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from tdro_ray.config import load_recipe, runs_root
+from tdro_ray.config import runs_root
 from tdro_ray.errors import ConfigError, ResourceError
+from tdro_ray.recipe import load_recipe
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 LIMIT = 100 << 20  # bytes of a job's working directory that Ray takes

@@ -21,7 +21,7 @@ STAGES = {
     "index": "build the search index with the best model",
     "report": "write report.html from what has run",
 }
-UNTIL = ("ingest", "clean", "mine", "reference", "score", "optimize", "finetune", "evaluate", "index")
+UNTIL = ("ingest", "clean", "mine", "reference", "score", "optimize", "finetune", "evaluate", "seeds", "index")
 
 
 def parser() -> argparse.ArgumentParser:

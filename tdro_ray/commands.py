@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tdro_ray.config import Recipe, load_recipe, recipe_names
+from tdro_ray.config import Recipe
 from tdro_ray.display import display, table
 from tdro_ray.errors import ConfigError, ResourceError
 from tdro_ray.pipeline import Progress, Run, Stage, key_of, write_json
+from tdro_ray.recipe import load_recipe, recipe_names
 
 PACKAGES = (
     "ray",
@@ -63,10 +64,19 @@ def _connect(recipe: Recipe) -> None:
 
 
 def _whole_run(run: Run, arguments: argparse.Namespace) -> None:
+    began = time.monotonic()
+    _run_until(run, arguments.until)
+    if arguments.until is None and not arguments.no_serve:
+        _sample_searches(run)
+    _report(run)
+    if arguments.until is None:
+        _closing(run, arguments, time.monotonic() - began)
+
+
+def _run_until(run: Run, last: str | None) -> None:
+    """Bring the stages up to date, in order, to the one called `last` or all."""
     from tdro_ray import stages
 
-    began = time.monotonic()
-    serves = not arguments.no_serve and arguments.until is None
     steps: dict[str, Callable[[Run], Any]] = {
         "ingest": stages.ingest,
         "tests": stages.tests_of,  # a run without any test is refused now, not after all training
@@ -83,13 +93,8 @@ def _whole_run(run: Run, arguments: argparse.Namespace) -> None:
     }
     for name, step in steps.items():
         step(run)
-        if name == arguments.until:
+        if name == last:
             break
-    if serves:
-        _sample_searches(run)
-    _report(run)
-    if arguments.until is None:
-        _closing(run, arguments, time.monotonic() - began)
 
 
 def _dry_run(recipe: Recipe, arguments: argparse.Namespace) -> int:
@@ -102,12 +107,8 @@ def _dry_run(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
 def _compare(run: Run, arguments: argparse.Namespace) -> None:
     """The run up to its evaluation, with every mixture that is asked for, over every seed."""
-    from tdro_ray import stages
-
     began = time.monotonic()
-    arguments.until, arguments.no_serve = "evaluate", True
-    _whole_run(run, arguments)
-    stages.seeds(run)
+    _run_until(run, "seeds")
     _report(run)
     _tables(run)
     print(f"\nReport: {run.folder / 'report.html'}   ({time.monotonic() - began:.0f} s in all)")

@@ -1,22 +1,26 @@
-"""The recipe: every setting of every stage, as frozen pydantic models. Imports neither torch nor Ray.
+"""Every setting of every stage, as frozen pydantic models, and where runs live. Imports neither torch nor Ray.
 
-Order of precedence: defaults < recipe file < ``--set a.b=c``. Unknown keys are refused with the nearest valid
-ones. The resolved recipe is written into the run folder as `config.json`.
+`recipe.py` reads them from a file. The resolved recipe is written into the run folder as `config.json`.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tdro_ray.errors import ConfigError, nearest
+from tdro_ray.errors import nearest
 
-RECIPES = Path(__file__).parent / "recipes"
 Measure = Literal["ratio", "official", "excess", "plain", "log_ratio"]
+MEASURE_OPTIONS: dict[Measure, tuple[str, ...]] = {  # of dro/measures.py, here so that a wrong one is refused at load
+    "ratio": ("floor", "smooth", "smooth_both", "over", "row_clip"),
+    "official": ("p_norm", "cutoff", "interleaved"),
+    "excess": ("clip_at", "normalise", "smooth"),
+    "plain": (),
+    "log_ratio": ("floor", "smooth"),
+}
 Backend = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
 ExportFormat = Literal["hf", "lora", "onnx"]
 
@@ -203,6 +207,9 @@ class OptimizeSettings(TrainSettings):
         return self
 
 
+RivalName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # names folders; a dot would name a weight file
+
+
 class RivalSettings(Settings):
     """A mixture to compare with: how task weights are found, and how fine-tuning uses them."""
 
@@ -369,7 +376,7 @@ class Recipe(Settings):
     finetune: TrainSettings = TrainSettings()
     weights: tuple[str, ...] = ("current", "top70")  # learned weight files to fine-tune with
     compare: tuple[str, ...] = ()  # further mixtures: rivals by name, n^0.5, RIVAL.top70, or weight files
-    rivals: dict[str, RivalSettings] = {}  # mixtures of one's own for `compare`, beside the built-in ones
+    rivals: dict[RivalName, RivalSettings] = {}  # mixtures of one's own for `compare`, beside the built-in ones
     max_repeats: float | None = Field(None, gt=0)  # passes over a task in fine-tuning; weight beyond goes to the others
     evaluate: EvaluateSettings = EvaluateSettings()
     index: IndexSettings = IndexSettings()
@@ -383,6 +390,17 @@ class Recipe(Settings):
             raise ValueError(
                 "optimize.num_negatives must be at least 1: stage 1 has no in-batch negatives, its loss would be 0"
             )
+        for name, settings in {
+            "": self.optimize,
+            **{n: changed(self.optimize, r.optimize) for n, r in self.rivals.items()},
+        }.items():
+            where = f"rivals.{name}.optimize" if name else "optimize"
+            for option in settings.measure_options:
+                valid = MEASURE_OPTIONS[settings.measure]
+                if option not in valid:
+                    raise ValueError(
+                        f"{where}.measure_options: measure {settings.measure!r} has no option {option!r}.{nearest(option, valid)}"
+                    )
         if self.optimize.group_dro or self.reference.group_dro:
             raise ValueError("group_dro is a way of fine-tuning: set finetune.group_dro, not that of another stage")
         if self.optimize.symmetric:
@@ -404,6 +422,14 @@ def most_workers(scale: ScaleSettings) -> int:
     return scale.num_workers if isinstance(scale.num_workers, int) else scale.num_workers[1]
 
 
+def changed(own: OptimizeSettings, changes: dict[str, Any]) -> OptimizeSettings:
+    """Return stage 1's settings under `changes`; options of the recipe's measure are not passed to another one."""
+    merged = {**own.model_dump(), **changes}
+    if merged["measure"] != own.measure and "measure_options" not in changes:
+        merged["measure_options"] = {}
+    return OptimizeSettings.model_validate(merged)
+
+
 def mining_seed(recipe: Recipe) -> int:
     """Seed of what mining samples: the run's, unless the runs of several seeds share their negatives."""
     return recipe.seed if recipe.mine.seed is None else recipe.mine.seed
@@ -413,92 +439,6 @@ def mining_settings(mine: MineSettings) -> dict[str, Any]:
     """Settings that decide what mining finds, its seed aside; those of the encoder only where there is one."""
     unused = {"model", "margin_absolute", "margin_relative"} if mine.method == "bm25" else set()
     return mine.model_dump(mode="json", exclude={"seed", *unused})
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
-
-
-def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Return the recipe of that name or file with ``a.b=c`` overrides applied.
-
-    Raises ConfigError for an unknown recipe, an unknown key (with the nearest valid ones) or a bad value.
-    """
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        path = RECIPES / f"{name_or_path}.yaml"
-        if not path.exists():
-            raise ConfigError(
-                f"No recipe {name_or_path!r}.{nearest(name_or_path, recipe_names())} A path to a .yaml file works too."
-            )
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as err:
-        raise ConfigError(
-            f"Recipe file {path} cannot be read: {err.strerror}. Shipped recipes: {', '.join(recipe_names())}."
-        ) from err
-    except yaml.YAMLError as err:
-        raise ConfigError(f"Recipe file {path} is not valid YAML: {err}") from err
-    if not isinstance(raw, dict):
-        raise ConfigError(f"Recipe file {path} must hold a mapping, it holds {type(raw).__name__}.")
-    raw = _unshared(raw)
-    raw.setdefault("name", path.stem)
-    for item in overrides:
-        _apply(raw, item)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as err:
-        raise ConfigError(_explain(err, path)) from err
-
-
-def _unshared(value: Any) -> Any:
-    """A copy in which YAML aliases are mappings of their own: setting `finetune.steps` must not set `reference.steps`."""
-    if isinstance(value, dict):
-        return {key: _unshared(part) for key, part in value.items()}
-    return [_unshared(part) for part in value] if isinstance(value, list) else value
-
-
-def _apply(raw: dict[str, Any], item: str) -> None:
-    key, equals, value = item.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set takes key=value, e.g. --set optimize.eta=0.01; got {item!r}.")
-    *parents, last = key.strip().split(".")
-    node = raw
-    for part in parents:
-        child = node.get(part)
-        if child is None:
-            child = node[part] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"--set {key}: {part!r} holds {child!r}, which has no fields.")
-        node = child
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as err:
-        raise ConfigError(f"--set {key}: {value!r} is not a valid YAML value: {err}") from err
-
-
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    """Field names of the settings model that holds the last element of `location`."""
-    model: Any = Recipe
-    for part in location[:-1]:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None:
-            continue
-        options = [field.annotation, *get_args(field.annotation)]
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
-    return list(model.model_fields)
-
-
-def _explain(err: ValidationError, path: Path) -> str:
-    lines = []
-    for e in err.errors():
-        where = ".".join(str(p) for p in e["loc"]) or "the recipe"
-        if e["type"] == "extra_forbidden":
-            lines.append(f"unknown key {where!r}.{nearest(str(e['loc'][-1]), _fields_at(e['loc']))}")
-        else:
-            lines.append(f"{where}: {e['msg'].removeprefix('Value error, ')} (got {e['input']!r:.120})")
-    return f"Recipe {path.stem!r} is not valid: " + "; ".join(lines)
 
 
 def runs_root() -> Path:

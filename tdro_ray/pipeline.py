@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tdro_ray.config import Recipe, run_folder
-from tdro_ray.errors import ConfigError, nearest
+from tdro_ray.errors import ConfigError
 
 FORMAT = 1  # raised when stages of an earlier version must run again
 
@@ -146,11 +146,3 @@ def fresh_folder(path: Path) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
-
-
-def check_names(names: Iterable[str], valid: Iterable[str], what: str) -> None:
-    """Raise ConfigError for the first name that is not valid."""
-    valid = list(valid)
-    for name in names:
-        if name not in valid:
-            raise ConfigError(f"{what}: no {name!r}.{nearest(name, valid)}")

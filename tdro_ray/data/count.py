@@ -52,11 +52,11 @@ def _lines(path: Path) -> tuple[int, bool]:
 
 def _text(path: Path, raw: BinaryIO) -> BinaryIO:
     if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+        return gzip.GzipFile(fileobj=raw)
     if path.suffix == ".zst":
         import zstandard
 
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, closefd=False))  # type: ignore[arg-type]
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, closefd=False))
     return raw
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -22,6 +23,29 @@ def quiet() -> Any:
         if handler.name == "console":
             handler.setLevel(logging.WARNING)
     return context
+
+
+def by_actors(
+    dataset: ray.data.Dataset,
+    actor: type,
+    made_from: dict[str, Any],
+    num_actors: int,
+    cpus: float,
+    use_gpu: bool,
+    name: str,
+) -> Iterator[Any]:
+    """Yield one Arrow table per row of `dataset`, in order, made by a pool of `actor(**made_from)`, a GPU each with `use_gpu`."""
+    mapped = dataset.map_batches(
+        actor,
+        fn_constructor_kwargs=made_from,
+        batch_size=1,
+        num_cpus=cpus,
+        num_gpus=1 if use_gpu else 0,
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+    )
+    mapped.context.execution_options.preserve_order = True
+    mapped.set_name(name)
+    yield from mapped.iter_batches(batch_size=1, batch_format="pyarrow")
 
 
 def cluster() -> tuple[dict[str, float], str]:

@@ -18,7 +18,7 @@ import ray
 
 from tdro_ray.data.collate import Batch, BatchRecipe, Collator
 from tdro_ray.data.plan import Plan, fold_numbers
-from tdro_ray.data.ray_data import quiet
+from tdro_ray.data.ray_data import by_actors, quiet
 
 SCHEMA = pa.schema([("step", pa.int64()), ("keys", pa.list_(pa.int64())), ("similarities", pa.list_(pa.float32()))])
 COMMIT_STEPS = 64  # steps scored between two commits
@@ -82,17 +82,8 @@ def _tables(
         for i in range(count):
             yield pa.table(scorer({"id": np.array([i])}))
         return
-    dataset = ray.data.range(count, override_num_blocks=count).map_batches(
-        _Scorer,
-        fn_constructor_kwargs=made_from,
-        batch_size=1,
-        num_cpus=cpus,
-        num_gpus=1 if use_gpu else 0,
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-    )
-    dataset.context.execution_options.preserve_order = True
-    dataset.set_name("score")
-    yield from dataset.iter_batches(batch_size=1, batch_format="pyarrow")
+    steps = ray.data.range(count, override_num_blocks=count)
+    yield from by_actors(steps, _Scorer, made_from, num_actors, cpus, use_gpu, "score")
 
 
 def similarities(batch: Batch, vector_SD: np.ndarray) -> np.ndarray:

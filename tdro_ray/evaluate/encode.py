@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from tdro_ray.data.ray_data import quiet
+from tdro_ray.data.ray_data import by_actors, quiet
 from tdro_ray.evaluate.benchmark import evaluate_task
 from tdro_ray.types import Kind, RetrievalTest
 
@@ -68,16 +68,8 @@ def _embedded(
         for record in records:
             yield pa.table(embedder({key: [value] for key, value in record.items()}))
         return
-    dataset = ray.data.from_items(records, override_num_blocks=len(records)).map_batches(
-        _Embedder,
-        fn_constructor_kwargs=made_from,
-        batch_size=1,
-        num_cpus=cpus,
-        num_gpus=1 if use_gpu else 0,
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-    )
-    dataset.set_name(name)
-    yield from dataset.iter_batches(batch_size=1, batch_format="pyarrow")
+    blocks = ray.data.from_items(records, override_num_blocks=len(records))
+    yield from by_actors(blocks, _Embedder, made_from, num_actors, cpus, use_gpu, name)
 
 
 def evaluate_model(

@@ -14,7 +14,7 @@ import numpy as np
 from tdro_ray.errors import CheckpointError, ConfigError
 from tdro_ray.model.load import ONNX_FILE
 from tdro_ray.model.tokenize import TextTokenizer
-from tdro_ray.retrieval.chunks import length_chunks, pad_rows
+from tdro_ray.retrieval.chunks import CPU_ENCODE_TOKENS, embed_in_chunks, pad_rows
 from tdro_ray.types import Kind
 
 
@@ -56,15 +56,11 @@ class OnnxEncoder:
 
     def embed_ids(self, sequences: Sequence[Sequence[int]], batch_tokens: int = 16384) -> np.ndarray:
         """Return float32 unit vectors (N, D) of token id sequences, run by length in chunks of `batch_tokens`."""
-        length_N = np.array([len(s) for s in sequences], np.int64)
-        out_ND = np.empty((len(sequences), self.dim), np.float32)
-        if not len(sequences):
-            return out_ND
-        flat = np.concatenate([np.asarray(s, np.int32) for s in sequences])
-        offset_N = np.cumsum(length_N) - length_N
-        for chunk in length_chunks(length_N, batch_tokens):
+
+        def run(flat: np.ndarray, offset_N: np.ndarray, length_N: np.ndarray, chunk: np.ndarray) -> np.ndarray:
             ids_BT = pad_rows(flat, offset_N, length_N, chunk, self.spec.pad_token_id)
             mask_BT = (np.arange(ids_BT.shape[1]) < length_N[chunk, None]).astype(np.int64)
             given = {"ids": ids_BT, "mask": mask_BT}  # a graph that needs no mask has no such input
-            out_ND[chunk] = self.session.run(None, {k: v for k, v in given.items() if k in self._inputs})[0]
-        return out_ND
+            return np.asarray(self.session.run(None, {k: v for k, v in given.items() if k in self._inputs})[0])
+
+        return embed_in_chunks(sequences, self.dim, min(batch_tokens, CPU_ENCODE_TOKENS), run)

@@ -7,6 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from tdro_ray.errors import CheckpointError, ConfigError
@@ -21,13 +22,9 @@ def write_onnx(model_folder: Path, out: Path, source_hash: str = "") -> None:
 
     Raises ConfigError where onnx and onnxscript are not installed, CheckpointError for a model that cannot be traced.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as err:
-        raise ConfigError(
-            f"--format onnx needs onnx, onnxscript and onnxruntime ({err.name} is missing): pip install 'tdro-ray[onnx]'."
-        ) from err
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"--format onnx needs {', '.join(missing)}: pip install 'tdro-ray[onnx]'.")
     import torch
 
     from tdro_ray.model.encoder import load_retriever

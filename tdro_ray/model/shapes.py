@@ -7,7 +7,6 @@ model built on the meta device.
 from __future__ import annotations
 
 import json
-import struct
 import threading
 import urllib.request
 from dataclasses import dataclass
@@ -79,6 +78,8 @@ def _tiny(tiny: TinyModel) -> dict[str, tuple[int, ...]]:
 
 def _headers(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes from the headers of safetensors files, without a language model's head; {} where a file is missing."""
+    from safetensors import SafetensorError, safe_open
+
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.exists():
@@ -87,9 +88,11 @@ def _headers(folder: Path) -> dict[str, tuple[int, ...]]:
     for path in (folder / name for name in names):
         if not path.exists():
             return {}
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        try:
+            with safe_open(path, "np") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as err:
+            raise CheckpointError(f"{path} cannot be read: {err}") from err
     return {name: shape for name, shape in shapes.items() if not name.startswith(("lm_head.", "cls."))}
 
 

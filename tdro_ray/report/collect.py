@@ -57,7 +57,7 @@ class RunFacts:
     trajectory: Trajectory | None
     evals: dict[str, dict[str, Any]]  # model -> eval file, the baseline first
     per_query: dict[str, dict[str, dict[str, float]]]  # model -> task -> query -> score
-    seeds: dict[str, Any] = field(default_factory=dict)  # what several seeds say together, {} for one
+    seeds: dict[str, Any] = field(default_factory=dict)  # what several seeds say together, {} for one or older results
     influence: dict[str, Any] = field(default_factory=dict)  # what `tdro influence` found
     cleaning: dict[str, Any] = field(default_factory=dict)  # rows that repeat test queries or others, by task
     audit: dict[str, Any] = field(default_factory=dict)  # of each task's texts
@@ -128,6 +128,7 @@ def collect(run_folder: Path) -> RunFacts:
         searches = next((value for value in searches.values() if isinstance(value, list)), [])
     logs = {p.parent.name: p for p in (folder / "stages").glob("*/metrics.jsonl")}
     stages = {p.parent.name: read(p) for p in sorted((folder / "stages").glob("*/manifest.json"))}
+    seeds = read(folder / "seeds.json")
     weights = {p.stem: _try(read_weights, p, problems) for p in sorted((folder / "weights").glob("*.json"))}
     evals = {p.stem: read(p) for p in sorted((folder / "eval").glob("*.json")) if not p.stem.endswith(".per_query")}
     per_query = {m: read(folder / "eval" / f"{m}.per_query.json") for m in evals}
@@ -147,7 +148,7 @@ def collect(run_folder: Path) -> RunFacts:
         influence=read(folder / "influence" / "influence.json"),
         cleaning=read(folder / "stages" / "clean" / "clean.json"),
         audit=read(folder / "stages" / "clean" / "audit.json"),
-        seeds=read(folder / "seeds.json") if int(config.get("seeds") or 1) > 1 else {},
+        seeds=seeds if seeds.get("evaluate") == stages.get("evaluate", {}).get("key") else {},
         problems=problems,
     )
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from tdro_ray.config import load_recipe, recipe_names
 from tdro_ray.errors import ConfigError
+from tdro_ray.recipe import load_recipe, recipe_names
 from tdro_ray.report.collect import RunFacts
 
 MOST_OPTIONS = 8  # changed settings above which a copied recipe reads better than a command

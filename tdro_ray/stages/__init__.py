@@ -7,7 +7,7 @@ is up to date ends at once.
 from tdro_ray.stages import rivals
 from tdro_ray.stages.data import clean, collections, ingest, mine, negatives_key, task_names
 from tdro_ray.stages.results import best_model, evaluate, index, index_folder, tests_of
-from tdro_ray.stages.rivals import COMPARED, RIVALS, mixture_of, mixtures
+from tdro_ray.stages.rivals import mixtures
 from tdro_ray.stages.seeds import seeds
 from tdro_ray.stages.training import (
     BASELINE,
@@ -31,13 +31,10 @@ from tdro_ray.stages.weights import (
     score_stage,
     scores_folder,
     stage1_batches,
-    weights_of,
 )
 
 __all__ = [
     "BASELINE",
-    "COMPARED",
-    "RIVALS",
     "base_folder",
     "batch_recipe",
     "best_model",
@@ -50,7 +47,6 @@ __all__ = [
     "index_folder",
     "ingest",
     "mine",
-    "mixture_of",
     "mixtures",
     "model",
     "model_folders",
@@ -71,5 +67,4 @@ __all__ = [
     "tests_of",
     "train_job",
     "train_references",
-    "weights_of",
 ]

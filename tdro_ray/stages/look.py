@@ -40,8 +40,8 @@ def look(run: Look, last: Mapping[str, Callable[[Any], Any]]) -> None:
     """Fill `run.current`, in the order in which the stages run."""
     run.see("ingest", stages.ingest)
     run.see("clean", _clean, "ingest")
-    run.see("mine", _mine, "ingest")
-    run.see("model", stages.model, "ingest")
+    run.see("mine", _mine, "clean")
+    run.see("model", stages.model, "clean")
     run.see("reference", stages.reference, "mine", "model")
     rivals = {rival: stage1_settings(run.recipe, rival) for rival in stage1_rivals(run.recipe)}
     for settings in rivals.values():

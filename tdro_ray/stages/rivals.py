@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tdro_ray.config import OptimizeSettings, Recipe, RivalSettings, TrainSettings
+from tdro_ray.config import OptimizeSettings, Recipe, RivalSettings, TrainSettings, changed
 from tdro_ray.errors import ConfigError, nearest
 
 # What the papers leave out of stage 1: a rival under its published name has none of our options.
@@ -99,10 +99,10 @@ def mixture_of(recipe: Recipe, name: str) -> Mixture:
             if dot:
                 raise ConfigError(f"{name!r}: {base} has no stage 1, so it has no weight file {kind!r}. Use {base!r}.")
             return Mixture(name, settings)
-        kinds = learned_names(stage1_settings(recipe, base))
-        if dot and kind not in kinds:
+        kinds, kind = learned_names(stage1_settings(recipe, base)), kind if dot else settings.weights
+        if kind not in kinds:
             raise ConfigError(f"{name!r}: no weight file {kind!r}.{nearest(kind, kinds)}")
-        return Mixture(name, settings.model_copy(update={"weights": kind}) if dot else settings, f"optimize-{base}")
+        return Mixture(name, settings.model_copy(update={"weights": kind}), f"optimize-{base}")
     known = [*learned_names(recipe.optimize), "n^0.5", *rivals]
     raise ConfigError(f"No mixture {name!r}.{nearest(name, known)} A path to a weight file (.json) works too.")
 
@@ -111,11 +111,7 @@ def stage1_settings(recipe: Recipe, rival: str = "") -> OptimizeSettings:
     """Return the settings of the stage 1 of a rival; "" is the recipe's own."""
     if not rival:
         return recipe.optimize
-    changes = {**RIVALS, **recipe.rivals}[rival].optimize
-    own = recipe.optimize.model_dump()
-    if changes.get("measure", own["measure"]) != own["measure"]:
-        own["measure_options"] = {}  # they are the other measure's
-    return OptimizeSettings.model_validate({**own, **changes})
+    return changed(recipe.optimize, {**RIVALS, **recipe.rivals}[rival].optimize)
 
 
 def finetune_settings(recipe: Recipe, mixture: Mixture) -> TrainSettings:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -44,7 +45,8 @@ def seeds(run: Run) -> dict[str, Any] | None:
         others = [recipe.seed + i for i in range(1, recipe.seeds)]
         _run_all(run, others, progress)
         found = summarise([run.folder, *(run.folder / "seeds" / str(seed) for seed in others)], _stages1(run), BASELINE)
-        write_json(run.folder / "seeds.json", {"seeds": [recipe.seed, *others], **found})
+        evaluated = run.manifest("evaluate")["key"]  # tells a reader whether the results beside are still these
+        write_json(run.folder / "seeds.json", {"seeds": [recipe.seed, *others], "evaluate": evaluated, **found})
         _write_mean_weights(run, found["weights"].get("", {}).get("mean", {}))
         best = max(found["models"], key=lambda name: found["models"][name]["mean"]["average"])
         facts = found["models"][best]["mean"]
@@ -118,9 +120,8 @@ def _run_all(run: Run, others: list[int], progress: Progress) -> None:
 
 def _start(run: Run, seed: int, address: str, concurrent: int) -> subprocess.Popen[bytes]:
     folder = run.folder / "seeds"
-    for stage in SHARED:  # read for the run, not again for each seed
-        target = fresh_folder(folder / str(seed) / "stages" / stage)
-        shutil.copy2(run.path(stage) / "manifest.json", target / "manifest.json")
+    for stage in SHARED:  # done for the run, not again for each seed: the seeds would write one store at once
+        _share(run, stage, folder / str(seed))
     recipe = folder / f"{seed}.yaml"
     recipe.write_text(yaml.safe_dump(seed_recipe(run.recipe, seed).model_dump(mode="json")), encoding="utf-8")
     command = [sys.executable, "-m", "tdro_ray", "run", str(recipe), "--until", "evaluate"]
@@ -137,6 +138,16 @@ def _start(run: Run, seed: int, address: str, concurrent: int) -> subprocess.Pop
             stderr=subprocess.STDOUT,
             env={**threads, **os.environ, "TDRO_RUNS": str(folder), "RAY_ADDRESS": address},
         )
+
+
+def _share(run: Run, stage: str, seed_folder: Path) -> None:
+    """Give a seed the stage's manifest and those of its outputs that lie in the run folder."""
+    target = fresh_folder(seed_folder / "stages" / stage)
+    shutil.copy2(run.path(stage) / "manifest.json", target / "manifest.json")
+    for name in run.manifest(stage)["outputs"]:
+        if not Path(name).is_absolute():
+            (seed_folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(run.folder / name, seed_folder / name)
 
 
 def _last_line(run: Run, seed: int) -> str:

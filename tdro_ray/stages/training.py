@@ -129,7 +129,7 @@ def batch_recipe(
             f"A batch of {settings.batch_size} rows cannot be shared by {most_workers(run.recipe.scale)} workers. Raise batch_size."
         )
     sizes = [c.manifest.rows for c in found]
-    plan = Plan(sizes, weights, settings.steps, settings.batch_size, run.recipe.seed, mode, fold)  # type: ignore[arg-type]
+    plan = Plan(sizes, weights, settings.steps, settings.batch_size, run.recipe.seed, mode, fold)
     return BatchRecipe(
         store_folder(run.recipe),
         tuple(c.name for c in found),

@@ -10,7 +10,7 @@ from typing import Any
 
 from tdro_ray.config import OptimizeSettings, least_workers
 from tdro_ray.errors import ConfigError
-from tdro_ray.pipeline import Progress, Run, Stage, check_names, key_of
+from tdro_ray.pipeline import Progress, Run, Stage, key_of
 from tdro_ray.stages.data import collections, negatives_key, task_names
 from tdro_ray.stages.rivals import (
     Mixture,
@@ -121,7 +121,6 @@ def optimize(run: Run) -> None:
 def optimize_for(run: Run, rival: str = "") -> dict[str, Any]:
     """Stage 1 of a rival; "" is the recipe's own."""
     settings = stage1_settings(run.recipe, rival)
-    _check_measure(settings)
     stage = f"optimize-{rival}" if rival else "optimize"
     scores_key, _ = scores_folder(run, settings)
     key = key_of("optimize", settings.model_dump(mode="json"), scores_key, model_key(run), run.recipe.seed)
@@ -134,18 +133,6 @@ def optimize_for(run: Run, rival: str = "") -> dict[str, Any]:
         return _write_weights(run, stage, settings, key, done)
 
     return run.do(Stage(stage, key, outputs, work))
-
-
-def _check_measure(settings: OptimizeSettings) -> None:
-    """Refuse a wrong option here, not in a worker after the model is loaded."""
-    if settings.measure_options:
-        from tdro_ray.dro.measures import measure_options
-
-        check_names(
-            settings.measure_options,
-            measure_options(settings.measure),
-            f"optimize.measure_options of {settings.measure!r}",
-        )
 
 
 def _write_weights(

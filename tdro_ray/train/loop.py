@@ -101,8 +101,8 @@ def _train(job: TrainJob, context: TrainContext, closing: ExitStack) -> dict[str
         if not math.isfinite(norm):
             skips.skip(batch, NonFiniteGradient(batch), job.tasks.names)
         start = batch.step + 1
-        log.step(batch, result, rate, norm)
         finished = start == settings.steps or _converged(settings, trajectory)
+        log.step(batch, result, rate, norm, finished)
         if start in job.snapshots:
             _snapshot(job, context, backend, start)
         if finished or checkpoint_due(start):
@@ -292,7 +292,7 @@ class _Log:
                 self._wait += time.perf_counter() - before
             yield batch
 
-    def step(self, batch: Batch, result: StepResult | None, rate: float, norm: float) -> None:
+    def step(self, batch: Batch, result: StepResult | None, rate: float, norm: float, last: bool) -> None:
         self._steps += 1
         if result is None:
             self._skipped.append(batch.step)
@@ -301,7 +301,7 @@ class _Log:
             self._losses.append(result.loss)
         self._tokens += int(batch.length_S.sum())
         done = batch.step + 1
-        if done % self.settings.log_every and done != self.settings.steps:
+        if done % self.settings.log_every and not last:
             return
         tokens = int(sum_(torch.tensor([self._tokens], dtype=torch.int64, device=self.context.device)))
         now = time.perf_counter()

@@ -6,16 +6,14 @@ score matrix (SDPA). What other processes take is not in them.
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
 
 from tdro_ray.config import LoraSettings, ModelSettings, ScaleSettings, TrainSettings, least_workers
-from tdro_ray.errors import ResourceError
-from tdro_ray.model.shapes import ModelShapes
+from tdro_ray.errors import CheckpointError, ResourceError
+from tdro_ray.model.shapes import ModelShapes, model_shapes
 
 RUNTIME = 1.0e9  # Python, torch, transformers, collectives; on a GPU the CUDA context and NCCL's buffers
 LIVE_STAGE3 = 1e9  # parameters that ZeRO-3 keeps whole at once, its default
@@ -38,27 +36,17 @@ class ModelShape:
 
 
 def read_shape(folder: Path, lora: LoraSettings | None) -> ModelShape | None:
-    """Return the shape of a model folder from config.json and the safetensors headers, or None where they do not tell."""
+    """Return the shape of a model folder, or None where its config and weights' headers do not tell."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        shapes = {name: shape for file in folder.glob("*.safetensors") for name, shape in _header(file).items()}
-        hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    except (OSError, ValueError, KeyError, struct.error):
+        return shape_of(model_shapes(ModelSettings(name=str(folder))), lora)
+    except CheckpointError:
         return None
-    in_layers = {name: s for name, s in shapes.items() if re.search(r"\.\d+\.", f".{name}")}
-    parameters, in_block = sum(map(_size, shapes.values())), sum(map(_size, in_layers.values())) // max(1, layers)
-    if not parameters:
-        return None
-    trained = parameters if lora is None else sum(_adapter(n, s, lora) for n, s in in_layers.items())
-    return ModelShape(
-        parameters, trained, in_block, layers, hidden, int(config.get("intermediate_size", 4 * hidden) or 4 * hidden)
-    )
 
 
 def shape_of(shapes: ModelShapes, lora: LoraSettings | None) -> ModelShape:
     """Return the shape of a model whose parameters' shapes alone are known."""
     in_layers = [s for name, s in shapes.shapes.items() if re.search(r"\.\d+\.", f".{name}")]
-    block = sum(_size(list(s)) for s in in_layers) // max(1, shapes.layers)
+    block = sum(prod(s) for s in in_layers) // max(1, shapes.layers)
     widest = max((max(s) for s in in_layers), default=4 * shapes.hidden)
     return ModelShape(shapes.parameters, shapes.trainable(lora), block, shapes.layers, shapes.hidden, widest)
 
@@ -184,28 +172,6 @@ def _with_adapters(shape: ModelShape, lora: LoraSettings) -> ModelShape:
     h, f = shape.hidden, shape.intermediate
     trained = shape.layers * lora.r * (4 * 2 * h + 3 * (h + f))
     return ModelShape(shape.parameters, trained, shape.block, shape.layers, h, f)
-
-
-def _adapter(name: str, shape: list[int], lora: LoraSettings) -> int:
-    module = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    if len(shape) != 2 or (lora.targets and module not in lora.targets):
-        return 0
-    return lora.r * sum(shape)
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """Tensor shapes by name, from the first bytes of a safetensors file."""
-    with file.open("rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        header = json.loads(opened.read(length))
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-
-
-def _size(shape: list[int]) -> int:
-    size = 1
-    for axis in shape:
-        size *= axis
-    return size
 
 
 def _gb(size: float) -> str:

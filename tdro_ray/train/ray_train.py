@@ -29,17 +29,13 @@ class RayContext:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
-        self._checkpoint: Any = None
 
     def batches(self, start: int) -> Iterator[Batch]:
         return batches_of(ray.train.get_dataset_shard("train"))
 
     def latest_checkpoint(self) -> Path | None:
         found = ray.train.get_checkpoint()
-        if found is None:
-            return None
-        self._checkpoint = found.to_directory()
-        return Path(self._checkpoint)
+        return None if found is None else Path(found.to_directory())
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None = None) -> None:
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(checkpoint) if checkpoint else None)

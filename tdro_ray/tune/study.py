@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from tdro_ray import stages
-from tdro_ray.config import Recipe, recipe_names
+from tdro_ray.config import Recipe
 from tdro_ray.errors import DataError
 from tdro_ray.pipeline import Run, key_of
+from tdro_ray.recipe import recipe_names
 from tdro_ray.tune.trial import Setting, Study, shortened
 
 DIGITS = 3  # significant digits of a tried value: what is reported is what was run

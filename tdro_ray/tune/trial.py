@@ -25,7 +25,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from tdro_ray.config import ModelSettings, OptimizeSettings, TrainSettings
+from tdro_ray.config import ModelSettings, OptimizeSettings, TrainSettings, changed
 from tdro_ray.data.collate import BatchRecipe
 from tdro_ray.data.plan import Plan
 from tdro_ray.pipeline import key_of, read_json, write_json
@@ -117,14 +117,6 @@ def shortened(settings: TrainSettings, steps: int) -> Any:
     return settings.model_copy(update={"steps": steps, "warmup_steps": warmup})
 
 
-def stage_settings(own: OptimizeSettings, setting: Setting) -> OptimizeSettings:
-    """Return the settings of stage 1 under a setting; options of the recipe's measure are not passed to another one."""
-    raw = {**own.model_dump(), **setting}
-    if raw["measure"] != own.measure and "measure_options" not in setting:
-        raw["measure_options"] = {}
-    return OptimizeSettings.model_validate(raw)
-
-
 def _learn(study: Study, setting: Setting, out: Path) -> dict[str, Any]:
     """Stage 1 under the setting: {"alpha": current weights in the tasks' order, "seconds", "loss"}."""
     done = read_json(out / "done.json")
@@ -134,7 +126,7 @@ def _learn(study: Study, setting: Setting, out: Path) -> dict[str, Any]:
     from tdro_ray.train.context import LocalContext
     from tdro_ray.train.loop import TrainJob, train
 
-    settings = stage_settings(study.optimize, setting)
+    settings = changed(study.optimize, setting)
     job = TrainJob(key_of(study.key, setting), study.proxy, out, settings, study.model, study.tasks, study.seed)
     context = LocalContext(partial(local_batches, study.batches), out / "checkpoints", study.device)
     began = time.monotonic()

@@ -12,7 +12,7 @@ import pytest
 from tiny import make_collections, write_recipe
 
 from tdro_ray.__main__ import main
-from tdro_ray.config import load_recipe
+from tdro_ray.recipe import load_recipe
 
 
 @pytest.fixture(scope="module", autouse=True)

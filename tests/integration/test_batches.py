@@ -9,13 +9,13 @@ import ray
 from tiny import make_collections, write_recipe
 
 from tdro_ray import stages
-from tdro_ray.config import load_recipe
 from tdro_ray.data.collate import Collator
 from tdro_ray.data.score import score, similarities
 from tdro_ray.data.stream import plan_dataset
 from tdro_ray.errors import DataError
 from tdro_ray.model.encoder import Encoder
 from tdro_ray.pipeline import Run
+from tdro_ray.recipe import load_recipe
 
 
 class Silent:

@@ -160,7 +160,7 @@ def test_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"_id": "3", "query": "Gleicher Text überall", "positive_passages": [{"docid": "c", "text": "gleicher Text überall"}]},
     ]  # fmt: skip
     for row in rows[:2]:
-        row["negative_passages"] = [{"docid": "n", "text": "x" * 100}]  # type: ignore[assignment]
+        row["negative_passages"] = [{"docid": "n", "text": "x" * 100}]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     ingest(recipe(tmp_path / "source"), tmp_path / "store")
     found = audit(tmp_path / "store", ["task"])["task"]

@@ -9,13 +9,13 @@ from safetensors.numpy import load_file
 from tiny import make_collections, tdro, write_recipe
 
 from tdro_ray import stages
-from tdro_ray.config import load_recipe
 from tdro_ray.data.collate import Collator
 from tdro_ray.data.plan import fold_numbers
 from tdro_ray.data.score import similarities
 from tdro_ray.dro.files import read_trajectory, read_weights
 from tdro_ray.model.encoder import Encoder
 from tdro_ray.pipeline import Run
+from tdro_ray.recipe import load_recipe
 
 RIVALS = "proportional,n^0.5,group_dro,apart,crossed,scaled,official.top70"
 OWN = {
@@ -46,7 +46,7 @@ def run(made):
     runs, recipe, _ = made
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TDRO_RUNS", str(runs))
-        yield Run(load_recipe(str(recipe), (f"compare=[{RIVALS}]",)), None)  # type: ignore[arg-type]
+        yield Run(load_recipe(str(recipe), (f"compare=[{RIVALS}]",)), None)
 
 
 def test_every_mixture_is_measured_under_every_seed(made):
@@ -70,7 +70,7 @@ def test_every_mixture_is_measured_under_every_seed(made):
 def test_seeds_share_data_and_negatives_and_nothing_else(made):
     runs, _, _ = made
     first, second = runs / "small" / "stages", runs / "small" / "seeds" / "43" / "stages"
-    for stage in ("ingest", "mine"):
+    for stage in ("ingest", "clean", "mine"):
         assert (first / stage / "manifest.json").read_text() == (second / stage / "manifest.json").read_text()
     for stage in ("model", "reference", "optimize", "finetune-n^0.5"):
         keys = [json.loads((s / stage / "manifest.json").read_text())["key"] for s in (first, second)]
@@ -144,6 +144,8 @@ def test_the_report_has_the_seeds_and_a_misspelt_rival_ends_at_once(made):
     runs, recipe, _ = made
     page = (runs / "small" / "report.html").read_text()
     assert "Learned weights over the seeds" in page and 'id="forest-' in page and 'id="map-' in page
+    assert tdro("report", recipe, runs=runs).returncode == 0  # the recipe itself asks for one seed: the results stay
+    assert "Learned weights over the seeds" in (runs / "small" / "report.html").read_text()
     wrong = tdro("compare", recipe, "--rivals", "propotional", runs=runs)
     assert wrong.returncode == 2 and "Did you mean 'proportional'" in wrong.stderr and wrong.stderr.count("\n") == 1
 

@@ -17,9 +17,10 @@ import pytest
 from tiny import make_collections, write_recipe
 
 from tdro_ray import stages
-from tdro_ray.config import ScaleSettings, load_recipe
+from tdro_ray.config import ScaleSettings
 from tdro_ray.data.collate import Collator
 from tdro_ray.pipeline import Run
+from tdro_ray.recipe import load_recipe
 
 HEAD, WORKER, PORT = "10.77.0.1", "10.77.0.2", 6379
 SETTINGS = (

@@ -64,10 +64,10 @@ def make_compared_run(folder: Path, tasks: list[str] | None = None) -> Path:
         for model in ("proportional", "n^0.5", "group_dro", "official", "official.top70"):
             for ending in (".json", ".per_query.json"):
                 shutil.copy2(seed / "eval" / f"top70{ending}", seed / "eval" / f"{model}{ending}")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    write_json(folder / "config.json", config | {"seeds": 3})
+    evaluated = json.loads((folder / "stages" / "evaluate" / "manifest.json").read_text(encoding="utf-8"))["key"]
     write_json(
-        folder / "seeds.json", {"seeds": [42, 43, 44], **summarise_seeds(folders, {"": ("optimize", "")}, "uniform")}
+        folder / "seeds.json",
+        {"seeds": [42, 43, 44], "evaluate": evaluated, **summarise_seeds(folders, {"": ("optimize", "")}, "uniform")},
     )
     names = tasks or TASKS
     rng = np.random.default_rng(3)

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tdro_ray.__main__ import STAGES, main, parser
-from tdro_ray.config import recipe_names
+from tdro_ray.recipe import recipe_names
 
 COMMANDS = ["run", *STAGES, "tune", "serve", "export", "submit", "recipes"]
 

@@ -5,18 +5,9 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from tdro_ray.config import (
-    RECIPES,
-    Recipe,
-    Settings,
-    least_workers,
-    load_recipe,
-    most_workers,
-    recipe_names,
-    run_folder,
-    store_folder,
-)
+from tdro_ray.config import Recipe, Settings, least_workers, most_workers, run_folder, store_folder
 from tdro_ray.errors import ConfigError
+from tdro_ray.recipe import RECIPES, load_recipe, recipe_names
 
 
 @pytest.fixture

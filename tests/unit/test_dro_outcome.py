@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdro_ray.config import load_recipe
 from tdro_ray.dro.measures import signal
 from tdro_ray.dro.weights import TaskWeights, row_weights
+from tdro_ray.recipe import load_recipe
 
 TASKS = ("solved", "easy", "hard", "noise")
 SOLVED, EASY, HARD, NOISE = range(4)

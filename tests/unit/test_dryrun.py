@@ -12,12 +12,13 @@ import pytest
 from test_export import make_model
 
 from tdro_ray.__main__ import main
-from tdro_ray.config import LoraSettings, ModelSettings, TinyModel, TrainSettings, load_recipe, recipe_names
+from tdro_ray.config import LoraSettings, ModelSettings, TinyModel, TrainSettings
 from tdro_ray.data.count import count_rows
 from tdro_ray.data.sources import discover
 from tdro_ray.dryrun import estimate_flops
 from tdro_ray.errors import CheckpointError
 from tdro_ray.model.shapes import ModelShapes, model_shapes
+from tdro_ray.recipe import load_recipe, recipe_names
 from tdro_ray.train.memory import estimate, read_shape, shape_of
 
 LINE = json.dumps({"query": "a query", "positive": "a passage " * 20}) + "\n"
@@ -66,7 +67,7 @@ def test_the_time_follows_an_earlier_run(dry, tmp_path: Path) -> None:
     stage.mkdir(parents=True)
     records = [{"step": s, "tokens_per_s": r, "step_s": 2.0} for s, r in ((10, 1.0), (20, 500.0), (30, 500.0))]
     (stage / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    from tdro_ray.config import load_recipe
+    from tdro_ray.recipe import load_recipe
 
     config = load_recipe("real").model_dump(mode="json")
     (stage.parents[1] / "config.json").write_text(json.dumps(config))

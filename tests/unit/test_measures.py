@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tdro_ray.config import MEASURE_OPTIONS
 from tdro_ray.dro.measures import MEASURES, measure_options, official, signal, size_adjustment
 from tdro_ray.errors import ConfigError
 
@@ -132,7 +133,11 @@ def test_messages_name_the_mend() -> None:
         signal("ratio", PROXY, REFERENCE, TASK, 4, smoth=1)
     with pytest.raises(ConfigError, match="needs sizes_G"):
         signal("plain", PROXY, REFERENCE, TASK, 4, size_c=1.0)
-    assert measure_options("official") == ("p_norm", "cutoff", "group_rows", "interleaved")
+
+
+def test_the_settings_know_the_options_of_every_measure() -> None:
+    """`group_rows` is a setting of its own."""
+    assert {m: tuple(o for o in measure_options(m) if o != "group_rows") for m in MEASURES} == MEASURE_OPTIONS
 
 
 losses = st.lists(st.tuples(st.floats(0, 20), st.floats(0, 20), st.integers(0, 3)), min_size=1, max_size=60)

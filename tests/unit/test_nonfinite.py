@@ -77,7 +77,7 @@ def run(
             return out_BD
         return torch.where((ids_BT[:, :1] == POISON), torch.nan, out_BD)
 
-    Retriever.forward = poisoned  # type: ignore[method-assign]
+    Retriever.forward = poisoned
     try:
         context = Kept(
             lambda start: (share_of(batch_at(s, dro, bad), rank, world) for s in range(start, STEPS)),
@@ -89,7 +89,7 @@ def run(
     except TdroError as err:
         return context.states, str(err)
     finally:
-        Retriever.forward = real  # type: ignore[method-assign]
+        Retriever.forward = real
 
 
 def worker(rank: int, port: int, folder: Path, base: Path, cases: list[Any]) -> None:

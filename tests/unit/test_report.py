@@ -20,7 +20,7 @@ from fake_run import TASKS, make_run, write_json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdro_ray import config
+from tdro_ray import recipe
 from tdro_ray.dro.weights import effective_tasks as their_effective_tasks
 from tdro_ray.dro.weights import weight_shift as their_weight_shift
 from tdro_ray.errors import DataError
@@ -275,12 +275,12 @@ def test_the_commands_repeat_the_run_exactly(run_folder: Path, tmp_path: Path, m
     facts = collect(run_folder)
     recipes = tmp_path / "recipes"
     recipes.mkdir()
-    monkeypatch.setattr(config, "RECIPES", recipes)
+    monkeypatch.setattr(recipe, "RECIPES", recipes)
     assert changed_settings(facts) is None
     copy = shlex.split(commands(facts)[0][1])
     assert copy[0] == "cp"
     shutil.copy(copy[1], tmp_path / copy[2])
-    assert config.load_recipe(str(tmp_path / copy[2])).model_dump(mode="json") == facts.config
+    assert recipe.load_recipe(str(tmp_path / copy[2])).model_dump(mode="json") == facts.config
 
     (recipes / "quickstart.yaml").write_text(
         "finetune: {steps: 7}\nserve: {queries: [a, 'it''s']}\ncompare: [proportional]\n", encoding="utf-8"
@@ -288,7 +288,7 @@ def test_the_commands_repeat_the_run_exactly(run_folder: Path, tmp_path: Path, m
     command = shlex.split(commands(facts)[0][1])
     assert command[:3] == ["tdro", "run", "quickstart"]
     options = tuple(option for flag, option in zip(command[3::2], command[4::2], strict=True) if flag == "--set")
-    assert config.load_recipe("quickstart", options).model_dump(mode="json") == facts.config
+    assert recipe.load_recipe("quickstart", options).model_dump(mode="json") == facts.config
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))

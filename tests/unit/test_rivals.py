@@ -69,9 +69,23 @@ def test_a_name_that_is_no_mixture_is_refused_with_what_there_is(name, says):
 
 
 def test_a_rivals_settings_are_checked_when_the_recipe_is_read():
-    for wrong in ({"optimize": {"eta": -1}}, {"optimize": {"eta": 1}, "power": 0.5}, {"finetune": {"stepz": 3}}):
-        with pytest.raises(ValueError):
+    for wrong, says in (
+        ({"optimize": {"eta": -1}}, "eta"),
+        ({"optimize": {"eta": 1}, "power": 0.5}, "not from both"),
+        ({"finetune": {"stepz": 3}}, "stepz"),
+        (
+            {"optimize": {"measure_options": {"smoth": 1}}},
+            r"rivals\.mine\.optimize.*'ratio' has no option 'smoth'.*'smooth'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=says):
             recipe(rivals={"mine": wrong})
+    with pytest.raises(ValueError, match="pattern"):
+        recipe(rivals={"a/b": {}})
+    with pytest.raises(ValueError, match=r"optimize\.measure_options: measure 'excess' has no option 'over'"):
+        recipe(optimize={"measure": "excess", "measure_options": {"over": "rows"}})
+    with pytest.raises(ConfigError, match="no weight file 'curent'"):
+        mixture_of(recipe(rivals={"mine": {"weights": "curent"}}), "mine")
 
 
 def test_further_seeds_keep_data_and_negatives():

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tdro_ray.config import OptimizeSettings, Recipe, TrainSettings
+from tdro_ray.config import OptimizeSettings, Recipe, TrainSettings, changed
 from tdro_ray.dro.files import write_trajectory
 from tdro_ray.errors import ResourceError
 from tdro_ray.tune.outcome import best_of, confirmed
 from tdro_ray.tune.preflight import preflight
 from tdro_ray.tune.report import render, write_report
 from tdro_ray.tune.study import default_setting, from_tune, search_space, to_tune, within
-from tdro_ray.tune.trial import shortened, stage_settings
+from tdro_ray.tune.trial import shortened
 
 TASKS = ["a_task", "<b> & task", "c-task"]
 
@@ -56,9 +56,9 @@ def test_a_short_run_keeps_the_shape_of_the_long_one() -> None:
 
 def test_options_of_the_recipes_measure_are_not_passed_to_another() -> None:
     own = OptimizeSettings(measure="ratio", measure_options={"floor": 0.1})
-    assert stage_settings(own, {"eta": 0.3}).measure_options == {"floor": 0.1}
-    assert stage_settings(own, {"measure": "excess"}).measure_options == {}
-    assert stage_settings(own, {"measure": "excess", "measure_options": {"smooth": 1}}).measure_options == {"smooth": 1}
+    assert changed(own, {"eta": 0.3}).measure_options == {"floor": 0.1}
+    assert changed(own, {"measure": "excess"}).measure_options == {}
+    assert changed(own, {"measure": "excess", "measure_options": {"smooth": 1}}).measure_options == {"smooth": 1}
 
 
 @pytest.mark.parametrize(
