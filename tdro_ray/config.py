@@ -141,6 +141,10 @@ class ModelSettings(Settings):
     passage_length: int = Field(512, ge=4)  # tokens, EOS included
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    packing: bool | Literal["auto"] = (
+        "auto"  # sequences end to end, no padding; auto: where the GPU has a kernel for it (bfloat16)
+    )
+    compile: bool = False  # torch.compile of each transformer block; pays on a GPU, in long runs
     lora: LoraSettings | None = None
     tiny: TinyModel = TinyModel()
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tdro_ray.errors import CheckpointError
-from tdro_ray.model.pooling import POOLING
+from tdro_ray.model import packed
+from tdro_ray.model.pooling import PACKED_POOLING, POOLING
 from tdro_ray.model.tokenize import TextTokenizer, read_spec, write_spec
 from tdro_ray.retrieval.chunks import CPU_ENCODE_TOKENS, embed_in_chunks, pad_rows
 from tdro_ray.retrieval.contrastive import wide
@@ -31,11 +32,20 @@ class Retriever(nn.Module):
         self.backbone, self.spec = backbone, spec
         self.causal = _is_causal(backbone)
         config: Any = backbone.config
+        self.packed = False  # see `pack_sequences`
         # What training keeps of a token, roughly: a dozen float32 vectors a layer.
         self.bytes_per_token = 48 * int(getattr(config, "num_hidden_layers", 1)) * int(config.hidden_size)
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Return unit vectors (B, D), float32 (float64 of a float64 model). `mask_BT` is 1 at real tokens; padding is on the right."""
+        """Return unit vectors (B, D), float32 (float64 of a float64 model). `mask_BT` is 1 at real tokens; padding is on the right.
+
+        Packed, `ids_BT` is one row of all sequences end to end and `mask_BT` their lengths (B,).
+        """
+        if self.packed:
+            # The longest is a number on the host: it bounds the kernel's grid. The spec's limit saves a synchronisation.
+            longest = min(max(self.spec.query_length, self.spec.passage_length), ids_BT.shape[1])
+            hidden_TD = packed.call(self.backbone, ids_BT, mask_BT, longest)
+            return nn.functional.normalize(wide(PACKED_POOLING[self.spec.pooling](hidden_TD, mask_BT)), dim=-1)
         # Behind a causal mask, padding on the right cannot reach a real token: no mask, and attention's fast path.
         mask = None if self.causal else mask_BT
         hidden_BTD = self.backbone(input_ids=ids_BT, attention_mask=mask).last_hidden_state
@@ -76,6 +86,15 @@ class Encoder:
             return self.retriever(*given).cpu().numpy()
 
         return embed_in_chunks(sequences, self.dim, batch_tokens, run)
+
+
+def to_packed(
+    flat: np.ndarray, offset_S: np.ndarray, length_S: np.ndarray, chunk: np.ndarray, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return (ids_1T, length_B) of the sequences `chunk` of a flattened batch, on `device`: what a packed model takes."""
+    ids_T = np.concatenate([flat[offset_S[i] : offset_S[i] + length_S[i]] for i in chunk]).astype(np.int64)
+    length_B = torch.from_numpy(length_S[chunk]).to(device, non_blocking=True)
+    return torch.from_numpy(ids_T)[None].to(device, non_blocking=True), length_B
 
 
 def to_tensors(

@@ -26,16 +26,21 @@ def graph_tokens(token_budget: int, device: str, bytes_per_token: int) -> int:
     return min(token_budget, CPU_GRAPH_BYTES // max(1, bytes_per_token)) if device == "cpu" else token_budget
 
 
-def length_chunks(length_S: npt.ArrayLike, token_budget: int) -> list[Ints]:
+def length_chunks(length_S: npt.ArrayLike, token_budget: int, packed: bool = False) -> list[Ints]:
     """Return index arrays that cover all sequences once, longest first, each padding to at most `token_budget` tokens.
 
-    A sequence longer than the budget gets a chunk of its own.
+    A sequence longer than the budget gets a chunk of its own. `packed` sequences are not padded: their tokens are summed.
     """
     length_S = np.asarray(length_S, np.int64)
     order = np.argsort(-length_S, kind="stable")
+    ends = np.cumsum(length_S[order])
     chunks, start = [], 0
     while start < len(order):
-        count = max(1, token_budget // max(1, int(length_S[order[start]])))
+        if packed:
+            before = ends[start] - length_S[order[start]]
+            count = max(1, int(np.searchsorted(ends, before + token_budget, side="right")) - start)
+        else:
+            count = max(1, token_budget // max(1, int(length_S[order[start]])))
         chunks.append(order[start : start + count])
         start += count
     return chunks
@@ -61,9 +66,11 @@ def embed_in_chunks(
     return out_SD
 
 
-def padded_tokens(length_S: npt.ArrayLike, chunks: list[Ints]) -> int:
-    """Return how many tokens, padding included, the chunks hold."""
+def padded_tokens(length_S: npt.ArrayLike, chunks: list[Ints], packed: bool = False) -> int:
+    """Return how many tokens, padding included where the chunks are not `packed`, they hold."""
     length_S = np.asarray(length_S, np.int64)
+    if packed:
+        return int(sum(length_S[c].sum() for c in chunks))
     return int(sum(length_S[c].max() * len(c) for c in chunks if len(c)))
 
 

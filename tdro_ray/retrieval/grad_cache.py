@@ -27,15 +27,16 @@ LENGTH_GROUPS = (
 )
 
 
-def plan_chunks(length_S: Ints, graph_tokens: int, chunk_tokens: int) -> tuple[list[Ints], bool]:
+def plan_chunks(length_S: Ints, graph_tokens: int, chunk_tokens: int, packed: bool = False) -> tuple[list[Ints], bool]:
     """Return (chunks, whether one pass is taken: the graph of all chunks is at most `graph_tokens` padded tokens).
 
-    A chunk holds at most `chunk_tokens` padded tokens.
+    A chunk holds at most `chunk_tokens` padded tokens. `packed` sequences have no padding to be grouped for.
     """
-    groups = length_chunks(length_S, max(1, min(graph_tokens // LENGTH_GROUPS, chunk_tokens)))
-    if padded_tokens(length_S, groups) <= graph_tokens:
+    most = chunk_tokens if packed else min(graph_tokens // LENGTH_GROUPS, chunk_tokens)
+    groups = length_chunks(length_S, max(1, most), packed)
+    if padded_tokens(length_S, groups, packed) <= graph_tokens:
         return groups, True
-    return length_chunks(length_S, chunk_tokens), False
+    return length_chunks(length_S, chunk_tokens, packed), False
 
 
 @dataclass

@@ -31,6 +31,7 @@ from tdro_ray.train.comm import of_first, sum_
 from tdro_ray.train.context import TrainContext
 from tdro_ray.train.nonfinite import NonFiniteGradient, NonFiniteLoss, Skips
 from tdro_ray.train.optimizer import trained_parameters
+from tdro_ray.train.prepare import speed_up, trainable
 from tdro_ray.train.sinks import LogTo, Sinks
 from tdro_ray.train.step import StepResult, TaskSettings, contrastive_step, dro_step
 
@@ -69,7 +70,9 @@ def _train(job: TrainJob, context: TrainContext, closing: ExitStack) -> dict[str
     # its last checkpoint and its end: there is nothing to read.
     batches = iter(()) if finished else context.batches(done)
     torch.manual_seed(job.seed)
-    retriever = trainable(load_retriever(job.base, job.model.dtype), job.model)
+    retriever = speed_up(
+        trainable(load_retriever(job.base, job.model.dtype), job.model), job.model, job.scale.backend, device
+    )
     backend: Backend = BACKENDS[job.scale.backend](retriever, settings, job.scale, device)
     weights = _task_weights(settings, len(job.tasks.names))
     trajectory: list[tuple[int, list[float], list[float]]] = []
@@ -123,25 +126,6 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     t = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
     low = settings.min_lr_ratio
     return settings.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * t)) / 2)
-
-
-def trainable(retriever: Retriever, model: ModelSettings) -> Retriever:
-    """Return the retriever in training mode, with adapters and gradient checkpointing as `model` says."""
-    retriever.train()
-    backbone: Any = retriever.backbone
-    if model.gradient_checkpointing:
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if model.lora is not None:
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(
-            r=model.lora.r,
-            lora_alpha=model.lora.alpha,
-            lora_dropout=model.lora.dropout,
-            target_modules=list(model.lora.targets) if model.lora.targets else "all-linear",
-        )
-        retriever.backbone = get_peft_model(backbone, lora)
-    return retriever
 
 
 def _due(job: TrainJob, context: TrainContext) -> Callable[[int], bool]:

@@ -17,7 +17,7 @@ from tdro_ray.config import OptimizeSettings, TrainSettings
 from tdro_ray.data.collate import Batch
 from tdro_ray.dro.measures import signal, task_counts, task_means
 from tdro_ray.dro.weights import TaskWeights, row_weights
-from tdro_ray.model.encoder import to_tensors
+from tdro_ray.model.encoder import to_packed, to_tensors
 from tdro_ray.retrieval.chunks import chunk_tokens, graph_tokens, length_chunks
 from tdro_ray.retrieval.contrastive import distill_loss, global_batch_loss, own_passages_loss, reverse_loss
 from tdro_ray.retrieval.grad_cache import CachedForward, plan_chunks
@@ -184,15 +184,18 @@ def _cached_forward(
     """Agree with all workers on one pass or two and on the number of chunks, or sharded backends would hang."""
     most = chunk_tokens(token_budget, device.type)
     kept = graph_tokens(token_budget, device.type, getattr(backend.module, "bytes_per_token", 0))
-    chunks, one_pass = plan_chunks(batch.length_S, kept, most)
+    packed = bool(getattr(backend.module, "packed", False))
+    chunks, one_pass = plan_chunks(batch.length_S, kept, most, packed)
     if world()[1] > 1:
         if largest(int(not one_pass), device):
-            chunks, one_pass = length_chunks(batch.length_S, most), False
+            chunks, one_pass = length_chunks(batch.length_S, most, packed), False
         num_chunks = largest(len(chunks), device)
     else:
         num_chunks = len(chunks)
 
     def run(chunk: np.ndarray) -> Tensor:
+        if packed:
+            return backend.module(*to_packed(batch.ids, batch.offset_S, batch.length_S, chunk, device))
         return backend.module(*to_tensors(batch.ids, batch.offset_S, batch.length_S, chunk, pad_id, device))
 
     return CachedForward(run, chunks, one_pass, num_chunks, backend.backward)

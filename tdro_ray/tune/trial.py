@@ -236,11 +236,11 @@ def load_checkpoint(job: Any, checkpoint: Path, device: str) -> Any:
 
     from tdro_ray.model.encoder import Encoder, load_retriever
     from tdro_ray.model.tokenize import TextTokenizer
-    from tdro_ray.train import loop
+    from tdro_ray.train.prepare import trainable
 
     if (checkpoint / "model").is_dir():
         return Encoder.load(checkpoint / "model", device)
-    retriever = loop.trainable(load_retriever(job.base, job.model.dtype), job.model)
+    retriever = trainable(load_retriever(job.base, job.model.dtype), job.model)
     state = torch.load(checkpoint / "weights.pt", map_location="cpu", weights_only=True)["parameters"]
     own = dict(retriever.named_parameters())
     with torch.no_grad():

@@ -10,8 +10,9 @@ from tdro_ray.config import LoraSettings, ModelSettings, OptimizeSettings, Scale
 from tdro_ray.train.backends import BACKENDS, Replicated
 from tdro_ray.train.context import LocalContext
 from tdro_ray.train.deepspeed_zero import engine_config
-from tdro_ray.train.loop import TrainJob, train, trainable
+from tdro_ray.train.loop import TrainJob, train
 from tdro_ray.train.optimizer import adamw
+from tdro_ray.train.prepare import trainable
 from tdro_ray.train.step import contrastive_step
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ def total(backend="ddp", model=BF16, budget=16384, num_workers=8, offload="none"
 def test_the_shape_is_that_of_the_loaded_model(tmp_path, lora):
     from tdro_ray.model.encoder import load_retriever
     from tdro_ray.train.fsdp import transformer_blocks
-    from tdro_ray.train.loop import trainable
+    from tdro_ray.train.prepare import trainable
 
     base = tiny_base(tmp_path)
     module = load_retriever(base)
