@@ -7,6 +7,8 @@ weights of the shape of Qwen2 0.5 B, made-up token ids of mixed lengths, the pro
 two passes    stage 2, batch beyond the token budget: share of the dense peak, the first pass counted as work
 single pass   stage 2, batch within the budget: model FLOP utilisation
 stage 1       a step with stored reference similarities against one that runs the reference model
+packed        the two-pass step with sequences end to end (the default where the GPU has the kernel) against padded ones
+compiled      the two-pass step with compiled blocks against plain ones, only with --compile
 memory        peak against the number of queries in a batch
 official      2,048 queries with 8 passages of up to 512 tokens each, extrapolated to 1,000 steps
 
@@ -40,13 +42,13 @@ from tdro_ray.retrieval.chunks import chunk_tokens, graph_tokens, padded_tokens
 from tdro_ray.retrieval.grad_cache import plan_chunks
 from tdro_ray.train.context import LocalContext
 from tdro_ray.train.loop import TrainJob, train
+from tdro_ray.train.prepare import speed_up
 from tdro_ray.train.step import TaskSettings
 from tdro_ray.types import RetrieverSpec
 
 PEAKS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12}  # dense bf16, NVIDIA's sheets
 TASKS = TaskSettings(("a", "b"), (1_000_000, 1_000_000), (None, None), (True, True))
 NO_GPU = "No GPU: these figures mean nothing about speed, they show only that the benchmark runs."
-NOT_PACKED = "left out: packed sequences do not exist here yet, every chunk is padded to its longest sequence"
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,16 @@ def forward_flops(shape: Shape, weights: int, length_S: np.ndarray) -> float:
     return float(2 * weights * length_S.sum() + 2 * shape.layers * shape.hidden * (length_S**2).sum())
 
 
-def passes_of(bench: Bench, batch: Batch) -> tuple[bool, float]:
-    """Return (whether the step keeps the whole graph, its padded tokens per real token), as the step decides it."""
+def passes_of(bench: Bench, batch: Batch, packing: bool | str = "auto") -> tuple[bool, bool, float]:
+    """Return (whether the step keeps the whole graph, whether it packs, its padded tokens per real token), as the step
+    decides it."""
     budget = bench.shape.token_budget
-    per_token = load_retriever(bench.base, bench.dtype).bytes_per_token
-    kept = graph_tokens(budget, bench.device, per_token)
-    chunks, one_pass = plan_chunks(batch.length_S, kept, chunk_tokens(budget, bench.device))
-    return one_pass, padded_tokens(batch.length_S, chunks) / float(batch.length_S.sum())
+    retriever = load_retriever(bench.base, bench.dtype).to(bench.device)
+    model = ModelSettings(dtype=bench.dtype, packing=packing)
+    packed = speed_up(retriever, model, "ddp", torch.device(bench.device)).packed
+    kept = graph_tokens(budget, bench.device, retriever.bytes_per_token)
+    chunks, one_pass = plan_chunks(batch.length_S, kept, chunk_tokens(budget, bench.device), packed)
+    return one_pass, packed, padded_tokens(batch.length_S, chunks, packed) / float(batch.length_S.sum())
 
 
 def peak_of(device: str) -> tuple[float, str]:
@@ -175,8 +180,9 @@ def step_seconds(
     steps: int,
     warm: int = 1,
     prepare: Callable[[Batch], Batch] = lambda batch: batch,
+    **options: Any,
 ) -> list[float]:
-    """Seconds of each of `steps` steps of the loop after `warm` others; `prepare` is counted."""
+    """Seconds of each of `steps` steps of the loop after `warm` others; `prepare` is counted. `options` of the model."""
     times: list[float] = []
 
     def batches(start: int) -> Iterator[Batch]:
@@ -190,7 +196,7 @@ def step_seconds(
 
     settings = settings.model_copy(update={"steps": steps + warm + 1, "checkpoint_every": steps + warm + 1})
     with tempfile.TemporaryDirectory() as out:
-        model = ModelSettings(dtype=bench.dtype)
+        model = ModelSettings(dtype=bench.dtype, **options)
         job = TrainJob("mfu", bench.base, Path(out), settings, model, TASKS, seed=0)
         with contextlib.suppress(Enough):
             train(job, LocalContext(batches, Path(out) / "checkpoints", bench.device))
@@ -200,15 +206,35 @@ def step_seconds(
 def utilisation(bench: Bench, queries: int) -> dict[str, Any]:
     """Stage 2 with one hard negative: time, rate, and both ways of counting its work."""
     batch = made_up(bench.shape, queries, 2)
-    one_pass, padding = passes_of(bench, batch)
+    one_pass, packed, padding = passes_of(bench, batch)
     settings = TrainSettings(batch_size=queries, temperature=0.05, token_budget=bench.shape.token_budget)
     seconds = step_seconds(bench, settings, batch, bench.shape.steps)
     step_s, forward = statistics.median(seconds), forward_flops(bench.shape, bench.weights, batch.length_S)
     return {
-        "queries": queries, "tokens": int(batch.length_S.sum()), "single_pass": one_pass, "padded_per_token": padding,
+        "queries": queries, "tokens": int(batch.length_S.sum()), "single_pass": one_pass, "packed": packed, "padded_per_token": padding,
         "step_s": seconds, "tokens_per_s": float(batch.length_S.sum()) / step_s,
         "share_of_peak": (3 if one_pass else 4) * forward / step_s / bench.peak, "mfu": 3 * forward / step_s / bench.peak,
     }  # fmt: skip
+
+
+def compare_options(
+    bench: Bench, queries: int, rounds: int, one: dict[str, Any], other: dict[str, Any]
+) -> dict[str, Any]:
+    """Seconds of stage-2 steps under two sets of model options, in turn."""
+    batch = made_up(bench.shape, queries, 2)
+    settings = TrainSettings(batch_size=queries, temperature=0.05, token_budget=bench.shape.token_budget)
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for seconds, options in zip(times, (one, other), strict=True):
+            seconds += step_seconds(bench, settings, batch, bench.shape.steps, warm=2, **options)
+    padding = passes_of(bench, batch, packing=False)[2]
+    return {
+        "queries": queries,
+        "padded_per_token": padding,
+        "one_s": times[0],
+        "other_s": times[1],
+        "ratio": statistics.median(times[0]) / statistics.median(times[1]),
+    }
 
 
 def stage1(bench: Bench, queries: int) -> dict[str, Any]:
@@ -257,7 +283,7 @@ def official(bench: Bench) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(shape: Shape, device: str) -> dict[str, Any]:
+def measure(shape: Shape, device: str, compiled: bool = False) -> dict[str, Any]:
     """Return all figures."""
     torch.set_float32_matmul_precision("high")
     dtype = "bfloat16" if device == "cuda" else "float32"
@@ -265,15 +291,18 @@ def measure(shape: Shape, device: str) -> dict[str, Any]:
     row = shape.query_length + 2 * shape.passage_length  # tokens of a query and its two passages, at most
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(shape, Path(folder), device, dtype, write_model(shape, Path(folder), dtype), peak)
+        many = max(shape.queries[0], 4 * shape.token_budget // row)
+        plain_and_compiled = {"compile": True}, {"compile": False}
         return {
             "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
             "note": "" if device == "cuda" else NO_GPU,
             "torch": torch.__version__, "dtype": dtype, "shape": asdict(shape),
             "peak_tflops": peak / 1e12, "peak_from": peak_from,
-            "two_passes": utilisation(bench, max(shape.queries[0], 4 * shape.token_budget // row)),
+            "two_passes": utilisation(bench, many),
             "single_pass": utilisation(bench, max(1, shape.token_budget // row)),
             "stage1": stage1(bench, max(2, shape.queries[0] // 4)),
-            "packed": NOT_PACKED,
+            "packed": compare_options(bench, many, 2, {"packing": True}, {"packing": False}),
+            "compiled": compare_options(bench, many, 2, *plain_and_compiled) if compiled else None,
             "peak_memory_mb": peak_memory(bench),
             "official": official(bench),
         }  # fmt: skip
@@ -282,6 +311,7 @@ def measure(shape: Shape, device: str) -> dict[str, Any]:
 def show(found: dict[str, Any]) -> str:
     """Return the figures as a table."""
     two, one, first, whole = (found[key] for key in ("two_passes", "single_pass", "stage1", "official"))
+    packed, compiled = found["packed"], found["compiled"]
     rows = [
         ("peak, TFLOP/s", f"{found['peak_tflops']:.1f}", found["peak_from"]),
         (
@@ -304,7 +334,13 @@ def show(found: dict[str, Any]) -> str:
             f"{whole['queries']:,} queries x {whole['passages']} passages, {whole['tokens']:,} tokens",
         ),
         ("  1,000 steps, hours", f"{whole['hours_of_1000_steps']:.2f}", "extrapolated"),
-        ("padded against packed", "", found["packed"]),
+        ("packed, s a step", f"{statistics.median(packed['one_s']):.3f}", f"{packed['queries']} queries, two passes"),
+        (
+            "  ratio to padded",
+            f"{packed['ratio']:.2f}",
+            f"padding adds {packed['padded_per_token'] - 1:.1%} tokens",
+        ),
+        *([("compiled, ratio to plain", f"{compiled['ratio']:.2f}", "")] if compiled else []),
     ]
     unlike = (
         [] if two["single_pass"] is False and one["single_pass"] else ["the step chose other passes than asked for"]
@@ -317,6 +353,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="the same on the CPU with a tiny shape, in seconds")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument(
+        "--compile", action="store_true", help="compare with compiled blocks too; compiling takes minutes"
+    )
     parser.add_argument("--token-budget", type=int, help=f"padded tokens of a forward (default {Shape.token_budget:,})")
     chosen = parser.parse_args(arguments)
     if not chosen.tiny and not torch.cuda.is_available():
@@ -327,7 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
     shape = TINY if chosen.tiny else Shape()
     if chosen.token_budget:
         shape = replace(shape, token_budget=chosen.token_budget)
-    found = measure(shape, "cpu" if chosen.tiny else "cuda")
+    found = measure(shape, "cpu" if chosen.tiny else "cuda", chosen.compile)
     print(show(found))
     if chosen.out:
         chosen.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

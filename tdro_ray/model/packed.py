@@ -58,10 +58,7 @@ def attention(
         out = varlen_attn(query_THd, key_THd, value_THd, at, at, max_length_q, max_length_q, **given)
         return out[None], None  # type: ignore[index]
     ends = cu_seq_lens_q.tolist()
-    parts = [
-        _alone(query_THd[a:b], key_THd[a:b], value_THd[a:b], window, scaling)
-        for a, b in pairwise(ends)
-    ]
+    parts = [_alone(query_THd[a:b], key_THd[a:b], value_THd[a:b], window, scaling) for a, b in pairwise(ends)]
     return torch.cat(parts)[None], None
 
 

@@ -13,7 +13,15 @@ from tdro_ray.config import ScaleSettings, TrainSettings
 from tdro_ray.train.comm import sum_
 from tdro_ray.train.deepspeed_zero import Zero
 from tdro_ray.train.fsdp import FullyShard
-from tdro_ray.train.optimizer import MakeOptimizer, adamw, parameter_groups, read_state, trained_parameters, write_state
+from tdro_ray.train.optimizer import (
+    MakeOptimizer,
+    adamw,
+    master_weights,
+    parameter_groups,
+    read_state,
+    trained_parameters,
+    write_state,
+)
 
 
 class Backend(Protocol):
@@ -52,29 +60,44 @@ class Replicated:
         make_optimizer: MakeOptimizer = adamw,
     ) -> None:
         self.module, self.settings = module.to(device), settings
-        self.parameters = list(trained_parameters(module).values())
-        self.optimizer = make_optimizer(parameter_groups(module, settings.weight_decay), settings.learning_rate)
+        self.trained = trained_parameters(module)
+        self.masters = master_weights(self.trained)
+        self.parameters = list(self.masters.values())
+        self.optimizer = make_optimizer(parameter_groups(self.masters, settings.weight_decay), settings.learning_rate)
 
     def backward(self, outputs: list[Tensor], gradients: list[Tensor], last: bool) -> None:
         torch.autograd.backward(outputs, gradients)
 
     def update(self, learning_rate: float) -> float:
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        gradients = [
+            p.grad if p.grad is not None else torch.zeros_like(master)
+            for p, master in zip(self.trained.values(), self.parameters, strict=True)
+        ]
         flat = sum_(_flatten_dense_tensors(gradients))
-        for p, g in zip(self.parameters, _unflatten_dense_tensors(flat, gradients), strict=True):
-            p.grad = g
+        for master, g in zip(self.parameters, _unflatten_dense_tensors(flat, gradients), strict=True):
+            master.grad = g
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._round()
         return float(norm)
 
     def state_dict(self) -> dict[str, Any]:
-        return read_state(self.module, self.optimizer, lambda tensor: tensor)
+        return read_state(self.masters, self.optimizer, lambda tensor: tensor)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        write_state(self.module, self.optimizer, state, lambda whole, like: whole.to(like.device, copy=True))
+        write_state(self.masters, self.optimizer, state, lambda whole, like: whole.to(like.device, copy=True))
+        self._round()
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """Bring the module's 16-bit parameters up to their masters, and drop the gradients that were theirs."""
+        for p, master in zip(self.trained.values(), self.parameters, strict=True):
+            if p is not master:
+                p.copy_(master)
+                p.grad = None
 
 
 BACKENDS: dict[str, Callable[..., Backend]] = {

@@ -40,7 +40,7 @@ class Zero:
         dtype = next(module.parameters()).dtype
         self.engine, *_ = deepspeed.initialize(
             model=module.to(device),
-            optimizer=make_optimizer(parameter_groups(module, settings.weight_decay), settings.learning_rate),
+            optimizer=make_optimizer(parameter_groups(self.trained, settings.weight_decay), settings.learning_rate),
             config=engine_config(settings, scale, dtype, sum(p.numel() for p in module.parameters())),
             dist_init_required=False,
         )

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tdro_ray.config import ScaleSettings, TrainSettings
@@ -32,15 +32,17 @@ class FullyShard:
         alone(device)
         mesh = init_device_mesh(device.type, (world()[1],))
         # Block by block: a model that does not fit a device whole is moved there in shards.
+        policy = _float32_shards(module)
         for block in [*transformer_blocks(module), module]:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
             assert isinstance(block, FSDPModule)
             block.set_gradient_divide_factor(1.0)  # the protocol sums gradients, FSDP averages them
             block.set_force_sum_reduction_for_comms(True)
         module.to(device)  # what is no parameter
         self.module, self.settings = module, settings
-        self.parameters = list(trained_parameters(module).values())
-        self.optimizer = make_optimizer(parameter_groups(module, settings.weight_decay), settings.learning_rate)
+        self.trained = trained_parameters(module)
+        self.parameters = list(self.trained.values())
+        self.optimizer = make_optimizer(parameter_groups(self.trained, settings.weight_decay), settings.learning_rate)
 
     def backward(self, outputs: list[Tensor], gradients: list[Tensor], last: bool) -> None:
         assert isinstance(self.module, FSDPModule)
@@ -59,10 +61,10 @@ class FullyShard:
         return float(norm.full_tensor())
 
     def state_dict(self) -> dict[str, Any]:
-        return read_state(self.module, self.optimizer, _whole)
+        return read_state(self.trained, self.optimizer, _whole)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        write_state(self.module, self.optimizer, state, _own_share)
+        write_state(self.trained, self.optimizer, state, _own_share)
 
 
 def transformer_blocks(module: nn.Module) -> list[nn.Module]:
@@ -71,6 +73,17 @@ def transformer_blocks(module: nn.Module) -> list[nn.Module]:
     if not lists:
         return []
     return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
+
+
+def _float32_shards(module: nn.Module) -> MixedPrecisionPolicy:
+    """Bring trained 16-bit weights to float32, of which each worker keeps its shard (see `optimizer.master_weights`),
+    and return the policy that computes in their 16 bits and sums gradients in float32."""
+    low = {p.dtype for p in trained_parameters(module).values()} & {torch.bfloat16, torch.float16}
+    if not low:
+        return MixedPrecisionPolicy()
+    module.float()
+    # The vectors stay float32 as they come out: a temperature of 0.002 needs them.
+    return MixedPrecisionPolicy(param_dtype=low.pop(), reduce_dtype=torch.float32)
 
 
 def _whole(tensor: Tensor) -> Tensor | None:

@@ -57,16 +57,17 @@ def estimate(
     """Return bytes of one worker by part: weights, gradients, optimiser, activations, embeddings, runtime."""
     width = 2 if model.dtype == "bfloat16" else 4
     backend, n = scale.backend, max(1, least_workers(scale))
-    # peft keeps adapters in float32; DeepSpeed brings everything to the model's type, beside float32 copies.
-    trained_width = width if model.lora is None or backend.startswith("zero") else 4
+    # Trained weights are stepped in float32, and their gradients summed in it; DeepSpeed sums in the model's type.
+    trained_width = width if backend.startswith("zero") else 4
     whole, trained = shape.parameters * width, shape.trained * trained_width
+    copies = shape.trained * 4 if width == 2 and model.lora is None else 0  # peft's adapters are float32 themselves
     rest = (shape.parameters - shape.layers * shape.block) * width  # embeddings: whole during a step
     bucket = min(BUCKET_ELEMENTS, shape.trained) * trained_width
     master, host = shape.trained * 4 / n, scale.offload != "none" and scale.use_gpu
     live = 0.0 if n == 1 else min(LIVE_STAGE3, shape.parameters) * width
     weights = {
-        "ddp": whole,
-        "fsdp": whole / n + (0 if n == 1 else rest + 2 * shape.block * width),
+        "ddp": whole + copies,
+        "fsdp": (copies or whole) / n + (0 if n == 1 else rest + 2 * shape.block * width),
         "zero1": whole + master * (not host),
         "zero2": whole + master * (not host),
         "zero3": whole / n * (scale.offload != "parameters" or not host) + live + master * (not host),

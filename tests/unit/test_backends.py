@@ -204,3 +204,40 @@ def test_a_sharded_run_resumes_bitwise_and_on_another_number_of_workers(tmp_path
 def test_a_zero_run_resumes_and_another_backend_goes_on_from_it(tmp_path, stage):
     zero = ScaleSettings(backend=f"zero{stage}", deepspeed=SHARD_ALL if stage == 3 else {})
     assert_resumes(zero, tmp_path, others=[(ScaleSettings(backend="ddp"), 1)])
+
+
+def _low_precision_worker(rank, num_workers, port, backend, lora, out):
+    join(rank, num_workers, port)
+    found = low_precision_updates(BACKENDS[backend], lora, rank, num_workers)
+    if rank == 0:
+        torch.save(found, out)
+    dist.destroy_process_group()
+
+
+def low_precision_updates(make, lora, rank, num_workers, dtype=torch.bfloat16):
+    """Return (parameters before, after) of updates too small for bfloat16."""
+    torch.manual_seed(3)
+    model = trainable(dropout_model(dtype, 0.0), ModelSettings(lora=lora))
+    settings = TrainSettings(temperature=0.2, token_budget=SMALL, max_grad_norm=1e9, weight_decay=0.0)
+    backend = make(model, settings, ScaleSettings(), CPU, lambda groups, rate: torch.optim.SGD(groups, lr=rate))
+    before = {
+        name: value.clone() for name, value in (backend.state_dict()["parameters"] or {}).items() if value is not None
+    }
+    for step in range(STEPS):
+        batch = share_of(global_batch(9, 3, step % 3, step=step), rank, num_workers)
+        contrastive_step(backend, batch, settings, TASKS, 0, CPU)
+        backend.update(1e-4)
+    return before, backend.state_dict()["parameters"]
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("backend", ["ddp", "fsdp"])
+def test_bfloat16_weights_are_stepped_in_float32(tmp_path, backend, lora):
+    """Steps of 1e-4 times the gradient move a bfloat16 model nearly as far as the float32 model that it rounds."""
+    mp.spawn(_low_precision_worker, (2, free_port(), backend, lora, tmp_path / "out.pt"), nprocs=2)
+    before, after = torch.load(tmp_path / "out.pt")
+    exact_before, exact_after = low_precision_updates(Replicated, lora, 0, 1, torch.float32)
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    moved = torch.cat([(after[n] - before[n]).flatten() for n in exact_after])
+    exact = torch.cat([(exact_after[n] - exact_before[n]).flatten() for n in exact_after])
+    assert exact.norm() > 1e-5 and (moved - exact).norm() < 0.1 * exact.norm()

@@ -29,12 +29,14 @@ gpu_mfu.main(["--tiny", "--out", {str(out)!r}])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "No GPU: these figures mean nothing" in done.stdout and "packed sequences do not exist" in done.stdout
+    assert "No GPU: these figures mean nothing" in done.stdout and "ratio to padded" in done.stdout
     found = json.loads(out.read_text())
     two, one, first = found["two_passes"], found["single_pass"], found["stage1"]
     assert (two["single_pass"], one["single_pass"]) == (False, True)
     assert two["share_of_peak"] == pytest.approx(4 / 3 * two["mfu"]) and one["share_of_peak"] == one["mfu"] > 0
     assert len(two["step_s"]) == len(first["with_scores_s"]) == found["shape"]["steps"]
+    assert len(found["packed"]["one_s"]) == len(found["packed"]["other_s"]) == 2 * found["shape"]["steps"]
+    assert two["packed"] is False and two["padded_per_token"] > 1  # a CPU pads unless it is told to pack
     assert list(found["peak_memory_mb"]) == ["4", "8", "16"]
     assert found["official"]["hours_of_1000_steps"] == pytest.approx(found["official"]["step_s"] * 1000 / 3600)
 
