@@ -10,15 +10,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
-from training import TASKS, global_batch  # noqa: E402
+from training import TASKS, global_batch
 
-from tdro_ray.config import ModelSettings, TrainSettings  # noqa: E402
-from tdro_ray.model import packed  # noqa: E402
-from tdro_ray.model.encoder import Retriever, to_packed, to_tensors  # noqa: E402
-from tdro_ray.train.backends import Replicated  # noqa: E402
-from tdro_ray.train.prepare import speed_up  # noqa: E402
-from tdro_ray.train.step import contrastive_step  # noqa: E402
-from tdro_ray.types import RetrieverSpec  # noqa: E402
+from tdro_ray.config import ModelSettings, TrainSettings
+from tdro_ray.model import packed
+from tdro_ray.model.encoder import Retriever, to_packed, to_tensors
+from tdro_ray.train.backends import Replicated
+from tdro_ray.train.prepare import speed_up
+from tdro_ray.train.step import contrastive_step
+from tdro_ray.types import RetrieverSpec
 
 pytestmark = [
     pytest.mark.gpu,
