@@ -314,7 +314,7 @@ def peak_memory(store: Path, base: Path, steps: int) -> dict[str, Any]:
         import ray
 
         watch.start()
-        found = deliver(batch_recipe(store, base, steps, 3), 2, None)
+        found = deliver(batch_recipe(store, base, steps, 1), 2, None)
         watch.done.set()
         watch.join()
         limit = int(ray.cluster_resources()["object_store_memory"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from tdro_ray.report import cleaning, sections
+from tdro_ray.report import cleaning, mining, sections
 from tdro_ray.report.collect import BASELINE, STAGES, RunFacts, collect
 from tdro_ray.report.collect import summary_table as summary_table  # the page's table for a terminal
 from tdro_ray.report.findings import (
@@ -52,7 +52,7 @@ def render(facts: RunFacts) -> str:
         ("results", "Results", sections.results(facts, found)),
         ("seeds", "Over seeds", over_seeds(facts)),
         ("mixture", "The mixture", sections.mixture(facts)),
-        ("data", "The data", cleaning.data(facts)),
+        ("data", "The data", cleaning.data(facts) + mining.negatives(facts)),
         ("training", "Training", sections.training(facts)),
         ("stages", "Stages and cost", _stages(facts)),
         ("searches", "Sample searches", _searches(facts)),

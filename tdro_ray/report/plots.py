@@ -116,6 +116,23 @@ def length_profiles(name: str, width: int, rows: Sequence[tuple[str, Sequence[in
     return draw(name, "Lengths of queries and passages of each task", width, 34 * len(rows) + 90, paint)
 
 
+def negative_sources(name: str, width: int, rows: Sequence[tuple[str, float, float, float]]) -> str:
+    """Stacked bars, one line per task of (task, given, mined, random): hard negatives a row."""
+    labels = ("given", "mined", "random")
+
+    def paint(axes: Any) -> None:
+        start = np.zeros(len(rows))
+        for which, label in enumerate(labels, 1):
+            counts = np.array([row[which] for row in rows], float)
+            axes.barh(range(len(rows)), counts, left=start, height=0.66, color=SERIES[which % len(SERIES)], label=label)
+            start += counts
+        categories(axes, range(len(rows)), [row[0] for row in rows], width)
+        axes.set_xlabel("negatives a row")
+        legend_above(axes, width, labels)
+
+    return draw(name, "Hard negatives of each task by where they came from", width, 22 * len(rows) + 90, paint)
+
+
 def heat(
     name: str,
     width: int,

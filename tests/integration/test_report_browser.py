@@ -74,7 +74,7 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_the_page_opens_with_its_plots_and_an_empty_console(report: Path, tmp_path: Path) -> None:
     dom, console = browse(report, tmp_path)
     assert console == []
-    assert len(re.findall(r"<svg", dom)) == 14
+    assert len(re.findall(r"<svg", dom)) == 16
     assert "parse an ISO 8601 date" in dom
 
 
@@ -91,14 +91,14 @@ def test_the_console_check_sees_what_the_page_forbids(report: Path, tmp_path: Pa
 @pytest.mark.parametrize("width", [1280, 900, 390])
 def test_plots_fill_the_width_and_nothing_overflows(report: Path, tmp_path: Path, width: int) -> None:
     page = measured(report, tmp_path, width)
-    assert len(page["plots"]) == 7
+    assert len(page["plots"]) == 8
     assert page["searches"] == 2
 
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_comparison_over_seeds_has_its_plots_too(compared: Path, tmp_path: Path, width: int) -> None:
     """Beside the seven: the map of all mixtures, the mixtures over seeds, the weights over seeds, the influence."""
-    assert len(measured(compared, tmp_path, width)["plots"]) == 11
+    assert len(measured(compared, tmp_path, width)["plots"]) == 12
 
 
 @pytest.fixture(scope="module")

@@ -128,16 +128,18 @@ def write_stages(folder: Path, tasks: list[str], sizes: dict[str, int], untested
         }
         for task in tasks
     }
+    example = {"query": tasks[0], "positive": "the answer", "negative": "nearly the answer", "positive_score": 0.81, "negative_score": 0.72}  # fmt: skip
+    mined = {
+        task: {"method": "encoder", "mean_given": 0.5, "mean_mined": 6.0, "random_filled": sizes[task] // 2, "share_filtered": 0.12, "margin_percentiles": [0.01, 0.1, 0.3], "examples": [example]}
+        for task in tasks
+    }  # fmt: skip
+    summaries = {
+        "ingest": {"tasks": ingested},
+        "mine": {"tasks": mined},
+        "finetune-top70": {"rows_per_s": 812.4, "warnings": [f"weight of {tasks[-1]} rounds to no step"]},
+    }
     for i, (stage, spent) in enumerate(seconds.items()):
-        summary = (
-            {"tasks": ingested}
-            if stage == "ingest"
-            else {
-                "rows": sum(sizes.values()),
-                "rows_per_s": 812.4,
-                "warnings": [f"weight of {tasks[-1]} rounds to no step"] * (stage == "finetune-top70"),
-            }
-        )
+        summary = summaries.get(stage, {"rows": sum(sizes.values()), "rows_per_s": 812.4, "warnings": []})
         manifest = {
             "stage": stage,
             "key": f"{i}3f9ac51e07b2",

@@ -201,9 +201,9 @@ def test_a_sharded_run_resumes_bitwise_and_on_another_number_of_workers(tmp_path
 
 @pytest.mark.long
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_zero_run_resumes_and_another_backend_goes_on_from_it(tmp_path, stage):
+def test_a_zero_run_resumes_and_another_backend_or_number_of_workers_goes_on_from_it(tmp_path, stage):
     zero = ScaleSettings(backend=f"zero{stage}", deepspeed=SHARD_ALL if stage == 3 else {})
-    assert_resumes(zero, tmp_path, others=[(ScaleSettings(backend="ddp"), 1)])
+    assert_resumes(zero, tmp_path, others=[(ScaleSettings(backend="ddp"), 1), (zero, 1)])
 
 
 def _low_precision_worker(rank, num_workers, port, backend, lora, out):

@@ -106,7 +106,7 @@ def test_a_whole_run_has_every_part(run_folder: Path) -> None:
     text = path.read_text(encoding="utf-8")
     tags = assert_sound(text)
     assert path == run_folder / "report.html"
-    assert tags.count["svg"] == 2 * 7  # seven plots, each for wide screens and for phones
+    assert tags.count["svg"] == 2 * 8  # eight plots, each for wide screens and for phones
     assert "not run yet" not in text
     for words in [
         "current beats uniform",
@@ -115,6 +115,8 @@ def test_a_whole_run_has_every_part(run_folder: Path) -> None:
         "parse an ISO 8601 date",
         "Near a test query",
         "Shared positive",
+        "Taken by the margins",
+        "nearly the answer",
         "effective tasks",
         "torch",
         "tdro run",

@@ -25,7 +25,7 @@ def base(tmp_path_factory):
     return tiny_base(tmp_path_factory.mktemp("base"))
 
 
-def job_of(base, out, dro, lora=None):
+def job_of(base, out, dro, lora=None, dtype="float32"):
     common = {
         "steps": STEPS,
         "batch_size": 8,
@@ -36,7 +36,7 @@ def job_of(base, out, dro, lora=None):
         "warmup_steps": 2,
     }
     settings = OptimizeSettings(**common, eta=0.2) if dro else TrainSettings(**common)
-    return TrainJob("key", base, out, settings, ModelSettings(lora=lora), TASKS, seed=5)
+    return TrainJob("key", base, out, settings, ModelSettings(lora=lora, dtype=dtype), TASKS, seed=5)
 
 
 def batches_for(dro, stop=STEPS):
@@ -55,24 +55,30 @@ def final_weights(folder):
     return load_file(folder / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("dro", [False, True])
-@pytest.mark.parametrize("lora", [None, LoraSettings(r=4, dropout=0.1)])
-def test_an_interrupted_run_ends_bitwise_like_an_uninterrupted_one(base, tmp_path, dro, lora):
+@pytest.mark.parametrize(
+    ("dro", "lora", "dtype"),
+    [
+        *((dro, lora, "float32") for dro in (False, True) for lora in (None, LoraSettings(r=4, dropout=0.1))),
+        (False, None, "bfloat16"),  # its float32 weights are in the checkpoint too
+    ],
+)
+def test_an_interrupted_run_ends_bitwise_like_an_uninterrupted_one(base, tmp_path, dro, lora, dtype):
     whole, broken = (
         LocalContext(batches_for(dro), tmp_path / "a"),
         LocalContext(batches_for(dro, stop=3), tmp_path / "b"),
     )
-    train(job_of(base, tmp_path / "out-a", dro, lora), whole)
+    train(job_of(base, tmp_path / "out-a", dro, lora, dtype), whole)
     with pytest.raises(KeyboardInterrupt):
-        train(job_of(base, tmp_path / "out-b", dro, lora), broken)
+        train(job_of(base, tmp_path / "out-b", dro, lora, dtype), broken)
     resumed = LocalContext(batches_for(dro), tmp_path / "b")
-    train(job_of(base, tmp_path / "out-b", dro, lora), resumed)
+    train(job_of(base, tmp_path / "out-b", dro, lora, dtype), resumed)
 
     a, b = whole.latest_checkpoint(), resumed.latest_checkpoint()
     ours, theirs = final_weights(a), final_weights(b)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     start = final_weights_of_base(base)
-    assert any(not torch.equal(ours[k], start[k]) for k in ours)
+    assert any(not torch.equal(ours[k], start[k].to(ours[k].dtype)) for k in ours)
+    assert {str(value.dtype) for value in ours.values()} == {f"torch.{dtype}"}
     steps = [json.loads(line)["step"] for line in (tmp_path / "out-b" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 4, 6]
     if dro:
