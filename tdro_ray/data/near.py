@@ -46,14 +46,18 @@ def band_keys(texts: Sequence[str]) -> np.ndarray:
 
 def candidates(keys_XB: np.ndarray) -> np.ndarray:
     """Return the pairs (P, 2) of texts that share a band, each once, the smaller number first."""
-    found = [np.zeros((0, 2), np.int64)]
+    count = np.int64(max(1, len(keys_XB)))
+    seen = np.zeros(0, np.int64)  # a pair as one number: sorting rows of an array takes many times as long
     for key_X in keys_XB.T:
         order = np.argsort(key_X, kind="stable")
         edges = np.concatenate([[0], np.flatnonzero(np.diff(key_X[order])) + 1, [len(order)]])
-        for at in np.flatnonzero(np.diff(edges) > 1):
-            found.append(_pairs(order[edges[at] : edges[at + 1]]))
-        found = [np.unique(np.concatenate(found), axis=0)]
-    return found[0]
+        sizes = np.diff(edges)
+        two = edges[:-1][sizes == 2]  # by far the most
+        found = [np.stack([order[two], order[two + 1]], axis=1)]
+        found += [_pairs(order[edges[at] : edges[at + 1]]) for at in np.flatnonzero(sizes > 2)]
+        pairs = np.concatenate(found).astype(np.int64)
+        seen = np.union1d(seen, pairs[:, 0] * count + pairs[:, 1])
+    return np.stack([seen // count, seen % count], axis=1)
 
 
 def _pairs(members: np.ndarray) -> np.ndarray:
