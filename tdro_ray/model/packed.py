@@ -78,6 +78,35 @@ def _alone(
     return out[0].transpose(0, 1)
 
 
+def has_kernel(config: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether the device attends within packed sequences in one kernel, forward and backward, found by trying it
+    on heads of the model's shape: the model itself may be elsewhere until it is put in shards."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    heads = int(getattr(config, "num_attention_heads", 1))
+    few = int(getattr(config, "num_key_value_heads", None) or heads)
+    shape = [(1, h, 12, _head_width(config)) for h in (heads, few, few)]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(size, generator=generator).to(dtype) for size in shape]
+    found = []
+    try:
+        for place in (torch.device("cpu"), device):
+            leaves = [x.clone().to(place).requires_grad_() for x in drawn]
+            at = torch.tensor([0, 5, 12], device=place)
+            out, _ = attention(nn.Module(), *leaves, None, cu_seq_lens_q=at, max_length_q=7)
+            out.float().square().sum().backward()
+            found.append(torch.cat([x.detach().float().cpu().flatten() for x in (out, *(v.grad for v in leaves))]))
+    except (NotImplementedError, ImportError, TypeError, ValueError, RuntimeError):
+        return False
+    return bool(torch.cosine_similarity(*found, dim=0) > 0.99)
+
+
+def _head_width(config: Any) -> int:
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // int(getattr(config, "num_attention_heads", 1))
+    )
+
+
 def pack(backbone: Any) -> str:
     """Let the backbone attend within packed sequences; return "", or why it cannot, the backbone left as it was.
 
@@ -85,8 +114,7 @@ def pack(backbone: Any) -> str:
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    config, before = backbone.config, backbone.config._attn_implementation
-    width = getattr(config, "head_dim", None) or config.hidden_size // int(getattr(config, "num_attention_heads", 1))
+    before, width = backbone.config._attn_implementation, _head_width(backbone.config)
     if width > WIDEST_HEAD:
         return f"its heads have {width} dimensions, the kernel takes at most {WIDEST_HEAD}"
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)

@@ -38,7 +38,10 @@ def speed_up(retriever: Retriever, model: ModelSettings, backend: str, device: t
 
     Raises ConfigError where the model, its dropout or the backend rules out what was asked for.
     """
-    if model.packing is True or (model.packing == "auto" and _has_kernel(retriever, device)):
+    dtype = next(retriever.parameters()).dtype
+    if model.packing is True or (
+        model.packing == "auto" and packed.has_kernel(retriever.backbone.config, dtype, device)
+    ):
         why = packed.pack(retriever.backbone)
         if why and model.packing is True:
             raise ConfigError(
@@ -48,16 +51,6 @@ def speed_up(retriever: Retriever, model: ModelSettings, backend: str, device: t
     if model.compile:
         _compile(retriever, backend)
     return retriever
-
-
-def _has_kernel(retriever: Retriever, device: torch.device) -> bool:
-    """Whether attention within packed sequences is one kernel: FlashAttention, of 16 bits, on Ampere or newer."""
-    dtype = next(retriever.parameters()).dtype
-    return (
-        device.type == "cuda"
-        and dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
 
 
 def _compile(retriever: Retriever, backend: str) -> None:

@@ -161,6 +161,29 @@ def test_a_model_whose_sequences_see_each_other_is_found_out(monkeypatch):
     assert "see each other" in packed.pack(qwen2())
 
 
+def test_a_device_without_a_working_kernel_pads(monkeypatch):
+    """What a GPU's kernel gives is compared with the plain way; here the CPU stands for a GPU, and for one that errs."""
+    config, fake = qwen2().config, type("Device", (), {"type": "cuda"})()
+    plain = packed.attention
+    assert not packed.has_kernel(config, torch.float32, torch.device("cuda"))
+    assert not packed.has_kernel(config, torch.bfloat16, CPU)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, where, to=torch.Tensor.to: self if where is fake else to(self, where)
+    )
+    monkeypatch.setattr(torch, "tensor", lambda *a, device=None, make=torch.tensor: make(*a))
+    assert packed.has_kernel(config, torch.bfloat16, fake)
+    calls = []
+
+    def wrong(module, query, key, value, *rest, **given):
+        calls.append(1)
+        return plain(module, query, key, value if len(calls) == 1 else value.flip(2), *rest, **given)
+
+    monkeypatch.setattr(packed, "attention", wrong)
+    assert not packed.has_kernel(config, torch.bfloat16, fake)
+    monkeypatch.setattr(packed, "attention", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no kernel image")))
+    assert not packed.has_kernel(config, torch.bfloat16, fake)
+
+
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
 def test_packed_chunks_cover_all_sequences_within_the_budget(lengths, budget):
     length_S = np.array(lengths)
