@@ -71,7 +71,8 @@ class DataSettings(Settings):
     """Where collections come from and where the collection store lives."""
 
     store: Path | None = None  # folder of the collection store; None: <run folder>/store
-    sources: tuple[str, ...] = ("environment",)  # "environment", task folders or files, folders of task folders
+    # "environment", task folders or files, folders of task folders, URLs of these (s3://…), hub datasets (hf:org/name)
+    sources: tuple[str, ...] = ("environment",)
     max_reject_share: float = Field(0.001, ge=0, le=1)  # of a task's input lines
     dev_queries: int = Field(50, ge=0)  # per task, held out from training for Tune's objective
     dev_corpus: int = Field(1000, ge=1)  # passages per task that dev queries are searched in
@@ -283,7 +284,7 @@ class EvaluateSettings(Settings):
     ndcg_at: int = 10
     recall_at: int = 100
     batch_tokens: int = 16384  # padded tokens per forward while encoding
-    extra_tests: tuple[str, ...] = ()  # BEIR folders beside the tasks' own tests
+    extra_tests: tuple[str, ...] = ()  # BEIR, MIRACL or Mr.TyDi folders or their URLs, beside the tasks' own tests
 
 
 class IndexSettings(Settings):

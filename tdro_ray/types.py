@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,7 +52,7 @@ class TaskInfo:
 class RetrievalTest:
     """A held-out test in BEIR terms. `qrels[query_id][docid]` is the graded relevance (> 0 is relevant)."""
 
-    corpus: tuple[Passage, ...]
+    corpus: Collection[Passage]  # gone through in order; a stored one is read anew each time
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]
 

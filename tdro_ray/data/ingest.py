@@ -18,8 +18,9 @@ import pyarrow as pa
 import ray
 
 from tdro_ray.config import PolicySettings, Recipe
-from tdro_ray.data.collection import TaskManifest, read_beir
-from tdro_ray.data.formats import CHUNK_ROWS, UNREADABLE, Chunk, Reject, parse_chunk, read_chunks
+from tdro_ray.data.collection import TaskManifest
+from tdro_ray.data.formats import CHUNK_ROWS, UNREADABLE, Chunk, Reject, located, parse_chunk, read_chunks
+from tdro_ray.data.layouts import open_test
 from tdro_ray.data.publish import read_manifest, store_lock
 from tdro_ray.data.ray_data import quiet
 from tdro_ray.data.sources import TaskSource, discover
@@ -65,7 +66,7 @@ def _ingest_files(recipe: Recipe, store: Path, task: TaskSource, progress: Calla
     if manifest:
         progress(f"{task.name}: up to date, {manifest.rows:,} rows")
         return manifest
-    test = read_beir(task.test) if task.test else None
+    test = open_test(task.test) if task.test else None
     writer = TaskWriter(store, task.name, info, key, test, _write_settings(recipe))
     return _write(writer, _parse_on_ray(task, recipe.scale.cpus_per_data_task), progress)
 
@@ -172,7 +173,7 @@ def _parse_on_ray(task: TaskSource, cpus: float) -> Iterator[pa.Table]:
 def _read(batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:
     for path, name in zip(batch["path"], batch["format"]):
         try:
-            for chunk in read_chunks(Path(path), name):
+            for chunk in read_chunks(located(path), name):
                 yield {"chunk": [pickle.dumps(chunk)]}
         except DataError as err:  # travels as data: an exception here would be printed with Ray's own stack traces
             yield {"chunk": [pickle.dumps(Reject(path, 0, UNREADABLE, str(err)))]}

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -333,9 +333,7 @@ class TaskWriter:
         """Write the test as it came and the dev split; return their keys."""
         keys = []
         for split, test in (("test", self.test), ("dev", self._dev_test(dev))):
-            if test is not None:
-                write_beir(self.folder / split, test, split)
-            keys.append(_test_key(test))
+            keys.append("" if test is None else _write_test(self.folder / split, test, split))
         return keys[0], keys[1]
 
     def _dev_test(self, dev: pa.Table) -> RetrievalTest | None:
@@ -370,11 +368,15 @@ def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int64()))
 
 
-def _test_key(test: RetrievalTest | None) -> str:
-    if test is None:
-        return ""
+def _write_test(folder: Path, test: RetrievalTest, split: str) -> str:
+    """Write a test and return its key; its corpus passes by once."""
     hasher = blake2b(digest_size=16)
-    for passage in test.corpus:
-        hasher.update(passage.docid.encode() + b"\0" + passage_key(passage.title, passage.text))
+
+    def passing() -> Iterator[Passage]:
+        for passage in test.corpus:
+            hasher.update(passage.docid.encode() + b"\0" + passage_key(passage.title, passage.text))
+            yield passage
+
+    write_beir(folder, test, split, passing())
     hasher.update(json.dumps([test.queries, test.qrels]).encode())
     return hasher.hexdigest()
