@@ -47,6 +47,8 @@ class TaskOverride(Settings):
     temperature: float | None = None  # tau of this task
     language: str | None = None  # ISO 639-1 code, for reports
     licence: str | None = None  # for reports and model cards
+    query_length: int | None = Field(None, ge=4)  # tokens of a query, EOS included; at most model.query_length
+    passage_length: int | None = Field(None, ge=4)  # tokens of a passage, EOS included; at most model.passage_length
 
 
 class CleanSettings(Settings):

@@ -86,9 +86,10 @@ def sample_tokens(tasks: Sequence[Collection], model: ModelSettings, base: Path)
             queries.append(float(np.mean([len(s) for s in tokenizer.encode(texts, "query", task.name)])))
             passages.append(float(np.mean([len(s) for s in tokenizer.encode(found, "passage", task.name)])))
         else:
-            prompt = len(task.manifest.info.query_prompt) if model.instructions else 0
-            queries.append(_by_characters(texts, model.query_length, prompt))
-            passages.append(_by_characters(found, model.passage_length))
+            info = task.manifest.info
+            query_length, passage_length = info.lengths(model.query_length, model.passage_length)
+            queries.append(_by_characters(texts, query_length, len(info.query_prompt) if model.instructions else 0))
+            passages.append(_by_characters(found, passage_length))
     return float(np.mean(queries)), float(np.mean(passages))
 
 

@@ -29,6 +29,8 @@ from tdro_ray.types import TaskInfo
 
 NO_TRAINING_ROWS = re.compile(r"(docs|corpus)(-\d+)?|queries|dev|valid|validation|test")  # files that tests are made of
 
+SHORTEST = 4  # tokens that a text may be cut to
+
 
 @dataclass(frozen=True)
 class TaskSource:
@@ -146,12 +148,19 @@ def _info(folder: Place) -> TaskInfo:
 def merge_info(info: TaskInfo, changes: dict[str, Any], at: str) -> TaskInfo:
     """Return `info` with the given fields changed; raises DataError (naming `at`) for an unknown field or a wrong type."""
     valid = {f.name: str(f.type) for f in fields(TaskInfo)}
-    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "float | None": (int, float, type(None))}
+    kinds: dict[str, tuple[type, ...]] = {
+        "str": (str,),
+        "bool": (bool,),
+        "float | None": (int, float, type(None)),
+        "int | None": (int, type(None)),
+    }
     for key, value in changes.items():
         if key not in valid:
             raise DataError(f"{at}: unknown field {key!r}.{nearest(str(key), valid)}")
-        if not isinstance(value, kinds[valid[key]]):
+        if not isinstance(value, kinds[valid[key]]) or (isinstance(value, bool) and valid[key] != "bool"):
             raise DataError(f"{at}: field {key!r} must be {valid[key]}, got {value!r:.80}.")
+        if key in ("query_length", "passage_length") and value is not None and value < SHORTEST:
+            raise DataError(f"{at}: field {key!r} must be at least {SHORTEST} tokens, got {value}.")
     return replace(info, **changes)
 
 
