@@ -91,6 +91,15 @@ class DataSettings(Settings):
         return data
 
 
+class RescoreSettings(Settings):
+    """A cross-encoder that scores what mining found; margins and distillation then use its scores."""
+
+    model: str  # folder or Hub id of a sequence classifier with one output
+    length: int = Field(512, ge=8)  # tokens of query and passage together, at most
+    sigmoid: bool = False  # scores as probabilities rather than the model's raw output
+    batch_tokens: int = Field(16384, ge=16)  # padded tokens per forward
+
+
 class MineSettings(Settings):
     """Hard-negative mining."""
 
@@ -99,8 +108,10 @@ class MineSettings(Settings):
     num_negatives: int = Field(7, ge=1)  # wanted per row, given ones counted
     first_rank: int = Field(2, ge=1)  # ranks above this are left out, 1 is the best hit
     last_rank: int = Field(30, ge=1)  # search depth
-    margin_absolute: float | None = Field(None, ge=0)  # encoder: a negative scores below the positive by this at least
-    margin_relative: float | None = Field(0.95, gt=0, le=1)  # encoder: and at most this share of the positive's score
+    # Under an encoder or `rescore`: a negative scores below the positive by this at least,
+    margin_absolute: float | None = Field(None, ge=0)
+    margin_relative: float | None = Field(0.95, gt=0, le=1)  # and at most this share of the positive's score
+    rescore: RescoreSettings | None = None  # score what was found by a cross-encoder
     seed: int | None = None  # of what is sampled among the ranks; None takes the run's
 
     @model_validator(mode="after")
@@ -439,9 +450,11 @@ def mining_seed(recipe: Recipe) -> int:
 
 
 def mining_settings(mine: MineSettings) -> dict[str, Any]:
-    """Settings that decide what mining finds, its seed aside; those of the encoder only where there is one."""
-    unused = {"model", "margin_absolute", "margin_relative"} if mine.method == "bm25" else set()
-    return mine.model_dump(mode="json", exclude={"seed", *unused})
+    """Settings that decide what mining finds, its seed aside; those of encoder and cross-encoder only where there is one."""
+    unused = {"seed"}
+    if mine.method == "bm25":
+        unused |= {"model"} if mine.rescore else {"model", "margin_absolute", "margin_relative"}
+    return mine.model_dump(mode="json", exclude=unused if mine.rescore else {*unused, "rescore"})
 
 
 def runs_root() -> Path:

@@ -34,7 +34,8 @@ ROW_SCHEMA = pa.schema(
         ("given_negatives", pa.list_(pa.int64())),  # as the source gave them
         ("scores", pa.list_(pa.float32())),  # a teacher's, of positives and given negatives; null where none is given
     ]
-)  # mining adds `negatives: list<int64>`
+)  # mining adds `negatives: list<int64>`, and RESCORED where a cross-encoder scored them
+RESCORED = "rescored"  # list<float>: of positives, then negatives; null where there is none
 PASSAGE_SCHEMA = pa.schema([("docid", pa.string()), ("title", pa.string()), ("text", pa.string())])
 
 

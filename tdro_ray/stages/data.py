@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tdro_ray.config import Recipe, mining_seed, mining_settings, store_folder
+from tdro_ray.config import Recipe, least_workers, mining_seed, mining_settings, store_folder
 from tdro_ray.data.collection import Collection, CollectionStore
 from tdro_ray.data.layouts import judged_files, test_split
 from tdro_ray.data.place import Place, place, stamp
@@ -140,9 +140,8 @@ def mine(run: Run) -> dict[str, Any]:
         total = sum(rows.values())
         mined = sum(found[n].get("mean_mined", 0) * rows[n] for n in names) / total
         given = sum(found[n].get("mean_given", 0) * rows[n] for n in names) / total
-        return f"{mined + given:.1f} hard negatives a row ({given:.1f} given, {mined:.1f} by {recipe.mine.method})", {
-            "tasks": found
-        }
+        how = f"{recipe.mine.method}, rescored" if recipe.mine.rescore else recipe.mine.method
+        return f"{mined + given:.1f} hard negatives a row ({given:.1f} given, {mined:.1f} by {how})", {"tasks": found}
 
     if not all(c.manifest.negatives for c in collections(run)):  # ingested again since: the manifest tells no truth
         (run.path("mine") / "manifest.json").unlink(missing_ok=True)
@@ -162,7 +161,7 @@ def _encode(run: Run, progress: Progress) -> Any:
             progress.update(f"{items[0][2]}: {done:,} of {total:,} texts", done / total)
 
         return encode_texts(
-            model, items, scale.num_workers, scale.cpus_per_worker, scale.use_gpu, budget, "mine:encode", show
+            model, items, least_workers(scale), scale.cpus_per_worker, scale.use_gpu, budget, "mine:encode", show
         )
 
     return encode
