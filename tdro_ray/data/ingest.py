@@ -21,10 +21,11 @@ from tdro_ray.config import PolicySettings, Recipe
 from tdro_ray.data.collection import TaskManifest
 from tdro_ray.data.formats import CHUNK_ROWS, UNREADABLE, Chunk, Reject, located, parse_chunk, read_chunks
 from tdro_ray.data.layouts import open_test
+from tdro_ray.data.parsed import parsed_table
 from tdro_ray.data.publish import read_manifest, store_lock
 from tdro_ray.data.ray_data import quiet
 from tdro_ray.data.sources import TaskSource, discover
-from tdro_ray.data.writer import TaskWriter, WriteSettings, parsed_table
+from tdro_ray.data.writer import TaskWriter, WriteSettings
 from tdro_ray.errors import DataError, nearest
 from tdro_ray.types import TaskData, TaskInfo
 

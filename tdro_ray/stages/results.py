@@ -9,6 +9,7 @@ from typing import Any
 
 from tdro_ray.config import least_workers
 from tdro_ray.data.collection import Collection
+from tdro_ray.data.dedup import passage_key
 from tdro_ray.errors import ConfigError, DataError
 from tdro_ray.pipeline import Progress, Run, Stage, key_of, write_json
 from tdro_ray.stages.data import collections, extra_tests, test_stamps
@@ -138,13 +139,14 @@ def _documents(tasks: list[Collection]) -> Iterator[tuple[str, str, str, dict[st
 
     A docid that a task uses for several texts gets `#2`, `#3`, … after the first.
     """
-    seen: set[tuple[str, str]] = set()
+    seen: set[bytes] = set()  # keys: texts would be the whole corpus
     for task in tasks:
         used: dict[str, int] = {}
         for docid, title, text in _passages_of(task):
-            if not text.strip() or (title, text) in seen:
+            key = passage_key(title, text)
+            if not text.strip() or key in seen:
                 continue
-            seen.add((title, text))
+            seen.add(key)
             used[docid] = used.get(docid, 0) + 1
             suffix = f"#{used[docid]}" if used[docid] > 1 else ""
             yield f"{task.name}/{docid}{suffix}", title, text, {"task": task.name}

@@ -14,9 +14,10 @@ from tdro_ray.data import publish as publish_module
 from tdro_ray.data.collection import Collection, CollectionStore, TaskManifest, write_beir
 from tdro_ray.data.formats import Reject
 from tdro_ray.data.layouts import open_test
+from tdro_ray.data.parsed import parsed_table
 from tdro_ray.data.publish import read_manifest, store_lock
 from tdro_ray.data.split import dev_rows
-from tdro_ray.data.writer import TaskWriter, WriteSettings, parsed_table
+from tdro_ray.data.writer import TaskWriter, WriteSettings
 from tdro_ray.errors import DataError
 from tdro_ray.types import Passage, RetrievalTest, Row, TaskInfo
 

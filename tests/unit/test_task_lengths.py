@@ -15,8 +15,9 @@ from tdro_ray.data.collection import Collection, CollectionStore
 from tdro_ray.data.count import sample_tokens
 from tdro_ray.data.formats import read
 from tdro_ray.data.ingest import _overridden, _source_key
+from tdro_ray.data.parsed import parsed_table
 from tdro_ray.data.plan import Plan
-from tdro_ray.data.writer import TaskWriter, WriteSettings, parsed_table
+from tdro_ray.data.writer import TaskWriter, WriteSettings
 from tdro_ray.errors import DataError
 from tdro_ray.model.encoder import Encoder
 from tdro_ray.model.tokenize import TextTokenizer, read_spec
