@@ -169,7 +169,7 @@ class Engine:
             "dimensions": self.encoder.dim,
             "query_length": spec.query_length,
             "passage_length": spec.passage_length,
-            "tasks": sorted(spec.task_prompts),
+            "tasks": sorted({*spec.task_prompts, *spec.task_lengths}),
         }
         return {
             "model": model,
@@ -249,7 +249,7 @@ class Engine:
 
     def _check_task(self, task: str) -> None:
         spec = self.encoder.spec
-        known = {*spec.task_prompts, *spec.symmetric_tasks}
+        known = {*spec.task_prompts, *spec.symmetric_tasks, *spec.task_lengths}
         if task and task not in known:
             hint = nearest(task[:64], known) if known else " It knows none: leave task out."
             raise RequestError(422, "unknown_task", f"The model has no prompt for task {task!r:.80}.{hint}")

@@ -47,6 +47,8 @@ class TaskOverride(Settings):
     temperature: float | None = None  # tau of this task
     language: str | None = None  # ISO 639-1 code, for reports
     licence: str | None = None  # for reports and model cards
+    query_length: int | None = Field(None, ge=4)  # tokens of a query, EOS included; at most model.query_length
+    passage_length: int | None = Field(None, ge=4)  # tokens of a passage, EOS included; at most model.passage_length
 
 
 class CleanSettings(Settings):
@@ -71,7 +73,8 @@ class DataSettings(Settings):
     """Where collections come from and where the collection store lives."""
 
     store: Path | None = None  # folder of the collection store; None: <run folder>/store
-    sources: tuple[str, ...] = ("environment",)  # "environment", task folders or files, folders of task folders
+    # "environment", task folders or files, folders of task folders, URLs of these (s3://…), hub datasets (hf:org/name)
+    sources: tuple[str, ...] = ("environment",)
     max_reject_share: float = Field(0.001, ge=0, le=1)  # of a task's input lines
     dev_queries: int = Field(50, ge=0)  # per task, held out from training for Tune's objective
     dev_corpus: int = Field(1000, ge=1)  # passages per task that dev queries are searched in
@@ -88,6 +91,15 @@ class DataSettings(Settings):
         return data
 
 
+class RescoreSettings(Settings):
+    """A cross-encoder that scores what mining found; margins and distillation then use its scores."""
+
+    model: str  # folder or Hub id of a sequence classifier with one output
+    length: int = Field(512, ge=8)  # tokens of query and passage together, at most
+    sigmoid: bool = False  # scores as probabilities rather than the model's raw output
+    batch_tokens: int = Field(16384, ge=16)  # padded tokens per forward
+
+
 class MineSettings(Settings):
     """Hard-negative mining."""
 
@@ -96,8 +108,10 @@ class MineSettings(Settings):
     num_negatives: int = Field(7, ge=1)  # wanted per row, given ones counted
     first_rank: int = Field(2, ge=1)  # ranks above this are left out, 1 is the best hit
     last_rank: int = Field(30, ge=1)  # search depth
-    margin_absolute: float | None = Field(None, ge=0)  # encoder: a negative scores below the positive by this at least
-    margin_relative: float | None = Field(0.95, gt=0, le=1)  # encoder: and at most this share of the positive's score
+    # Under an encoder or `rescore`: a negative scores below the positive by this at least,
+    margin_absolute: float | None = Field(None, ge=0)
+    margin_relative: float | None = Field(0.95, gt=0, le=1)  # and at most this share of the positive's score
+    rescore: RescoreSettings | None = None  # score what was found by a cross-encoder
     seed: int | None = None  # of what is sampled among the ranks; None takes the run's
 
     @model_validator(mode="after")
@@ -287,7 +301,7 @@ class EvaluateSettings(Settings):
     ndcg_at: int = 10
     recall_at: int = 100
     batch_tokens: int = 16384  # padded tokens per forward while encoding
-    extra_tests: tuple[str, ...] = ()  # BEIR folders beside the tasks' own tests
+    extra_tests: tuple[str, ...] = ()  # BEIR, MIRACL or Mr.TyDi folders or their URLs, beside the tasks' own tests
 
 
 class IndexSettings(Settings):
@@ -440,9 +454,11 @@ def mining_seed(recipe: Recipe) -> int:
 
 
 def mining_settings(mine: MineSettings) -> dict[str, Any]:
-    """Settings that decide what mining finds, its seed aside; those of the encoder only where there is one."""
-    unused = {"model", "margin_absolute", "margin_relative"} if mine.method == "bm25" else set()
-    return mine.model_dump(mode="json", exclude={"seed", *unused})
+    """Settings that decide what mining finds, its seed aside; those of encoder and cross-encoder only where there is one."""
+    unused = {"seed"}
+    if mine.method == "bm25":
+        unused |= {"model"} if mine.rescore else {"model", "margin_absolute", "margin_relative"}
+    return mine.model_dump(mode="json", exclude=unused if mine.rescore else {*unused, "rescore"})
 
 
 def runs_root() -> Path:

@@ -52,7 +52,7 @@ def dry_run(run: Look, last: Mapping[str, Callable[[Any], Any]] | None = None) -
     """Return the text of `tdro run --dry-run`. `last` holds the stages behind the index, by name, in order."""
     look(run, last or {})
     shapes, reason = _shapes(run.recipe.model)
-    rows, exact = task_rows(run)
+    rows, how = task_rows(run)
     trainings = {name: _training(run, name, s, shapes) for name, s in training_settings(run).items()}
     facts = [
         _model_fact(run, shapes, reason),
@@ -61,7 +61,7 @@ def dry_run(run: Look, last: Mapping[str, Callable[[Any], Any]] | None = None) -
         *_time_facts(run, trainings),
         *(f"Note     {note}" for note in run.notes),
     ]
-    parts = [f"{run.recipe.name} in {run.folder}", table(_stage_rows(run, trainings)), _tasks(run, rows, exact)]
+    parts = [f"{run.recipe.name} in {run.folder}", table(_stage_rows(run, trainings)), _tasks(run, rows, how)]
     return "\n\n".join([*parts, "\n".join(facts)])
 
 
@@ -80,11 +80,12 @@ def training_settings(run: Run) -> dict[str, TrainSettings]:
 # Rows and tokens
 
 
-def task_rows(run: Look) -> tuple[dict[str, int | None], bool]:
-    """Return ({task: rows, None where they are unknown}, whether they are exact): from the manifest, else a count."""
-    if run.current["ingest"]:
-        tasks = run.manifest("ingest")["summary"]["tasks"]
-        return {name: facts["rows"] for name, facts in sorted(tasks.items())}, True
+def task_rows(run: Look) -> tuple[dict[str, int | None], str]:
+    """Return ({task: rows, None where they are unknown}, how they are known): cleaned, else ingested, else counted."""
+    for stage, how in (("clean", ""), ("ingest", "before cleaning")):
+        if run.current[stage]:
+            tasks = run.manifest(stage)["summary"]["tasks"]
+            return {name: facts["rows"] for name, facts in sorted(tasks.items())}, how
     from tdro_ray.data.count import count_rows
     from tdro_ray.data.sources import discover
 
@@ -96,7 +97,7 @@ def task_rows(run: Look) -> tuple[dict[str, int | None], bool]:
     found: dict[str, int | None] = {name: n for name, (n, _) in sorted(counted.items())}
     if "environment" in sources:
         found["environment"] = None
-    return found, all(exact for _, exact in counted.values())
+    return found, "before ingest" if all(exact for _, exact in counted.values()) else "about"
 
 
 def _tokens(run: Look, stage: str, settings: TrainSettings) -> tuple[float, str]:
@@ -190,14 +191,14 @@ def _stage_rows(run: Look, trainings: Mapping[str, Training]) -> list[list[str]]
     return rows
 
 
-def _tasks(run: Look, rows: Mapping[str, int | None], exact: bool) -> str:
+def _tasks(run: Look, rows: Mapping[str, int | None], how: str) -> str:
     """Rows of every task, and how many of them stages 0 and 1 draw."""
     if not rows:
         return "Tasks: unknown, not yet ingested"
     from tdro_ray.data.plan import Plan
 
     recipe, known = run.recipe, [n for n in rows.values() if n]
-    lines = [["task", "rows" if exact else "rows (about)", "reference", "optimize"]]
+    lines = [["task", f"rows ({how})" if how else "rows", "reference", "optimize"]]
     drawn: list[list[str]] = [["", ""] for _ in rows]
     if len(known) == len(rows):
         first, second = recipe.reference, recipe.optimize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -45,13 +46,19 @@ class TaskInfo:
     temperature: float | None = None  # overrides the run's tau for this task
     source: str = ""
     licence: str = ""
+    query_length: int | None = None  # tokens of this task's queries, EOS included, where fewer than the model's
+    passage_length: int | None = None  # tokens of this task's passages, likewise
+
+    def lengths(self, query: int, passage: int) -> tuple[int, int]:
+        """Return the most tokens of a query and of a passage under a model that reads `query` and `passage`."""
+        return min(query, self.query_length or query), min(passage, self.passage_length or passage)
 
 
 @dataclass(frozen=True, slots=True)
 class RetrievalTest:
     """A held-out test in BEIR terms. `qrels[query_id][docid]` is the graded relevance (> 0 is relevant)."""
 
-    corpus: tuple[Passage, ...]
+    corpus: Collection[Passage]  # gone through in order; a stored one is read anew each time
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]
 
@@ -79,3 +86,9 @@ class RetrieverSpec:
     query_prompt: str = ""  # used when no task is named
     task_prompts: dict[str, str] = field(default_factory=dict)  # task -> query prompt
     symmetric_tasks: tuple[str, ...] = ()  # tasks whose prompt goes on passages too
+    task_lengths: dict[str, tuple[int, int]] = field(default_factory=dict)  # task -> tokens of a query, of a passage
+
+    def length(self, kind: Kind, task: str = "") -> int:
+        """Return the most tokens of a text, EOS included; a task's own length never exceeds the model's."""
+        query, passage = self.task_lengths.get(task, (self.query_length, self.passage_length))
+        return min(query, self.query_length) if kind == "query" else min(passage, self.passage_length)

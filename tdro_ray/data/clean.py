@@ -18,10 +18,12 @@ import numpy as np
 import pyarrow as pa
 
 from tdro_ray.config import CleanSettings
-from tdro_ray.data.collection import Collection, CollectionStore, TaskManifest, read_judged
+from tdro_ray.data.collection import Collection, CollectionStore, TaskManifest
 from tdro_ray.data.dedup import KEY_BYTES, text_key
 from tdro_ray.data.ingest import data_map
+from tdro_ray.data.layouts import read_judged
 from tdro_ray.data.near import BANDS, Finding, Texts, band_keys, candidates, findings, similarity
+from tdro_ray.data.place import Place
 from tdro_ray.data.publish import store_lock, write_manifest
 from tdro_ray.errors import DataError
 
@@ -57,7 +59,7 @@ def clean(
     settings: CleanSettings,
     store: Path,
     names: Sequence[str],
-    extra_tests: Sequence[Path],
+    extra_tests: Sequence[Place],
     key: str,
     out: Path,
     progress: Callable[[str], None] = lambda line: None,
@@ -85,13 +87,16 @@ def clean(
 # Signatures
 
 
-def _test_queries(store: Path, extra_tests: Sequence[Path]) -> list[tuple[str, str, str]]:
-    folders = [(c.folder / split, split) for c in CollectionStore(store).collections() for split in ("test", "dev")]
-    folders = [(folder, split) for folder, split in folders if (folder / "qrels").is_dir()]
+def _test_queries(store: Path, extra_tests: Sequence[Place]) -> list[tuple[str, str, str]]:
     out = []
-    for folder, split in [*folders, *((Path(f), "test") for f in extra_tests)]:
-        name = f"{folder.parent.name}/{split}" if folder.parent.parent == store else folder.name
-        out += [(name, query_id, text) for query_id, text in read_judged(folder, split)[0].items()]
+    for collection in CollectionStore(store).collections():
+        for split in ("test", "dev"):
+            folder = collection.folder / split
+            if (folder / "qrels").is_dir():
+                asked = read_judged(folder, split)[0]
+                out += [(f"{collection.name}/{split}", query_id, text) for query_id, text in asked.items()]
+    for extra in extra_tests:
+        out += [(extra.name, query_id, text) for query_id, text in read_judged(extra)[0].items()]
     return out
 
 

@@ -147,17 +147,22 @@ class Collator:
         return query_ids + passage_ids
 
     def _teacher(self, task_B: np.ndarray, row_B: np.ndarray, key_BP: np.ndarray) -> np.ndarray:
-        """Return the teacher's scores of the drawn passages (B, P), NaN where the source gave none."""
+        """Return the teacher's scores of the drawn passages (B, P), NaN where there are none: those of mining's cross-encoder
+        where it has scored the task, else those that the source gave."""
+        from tdro_ray.data.collection import RESCORED
+
         teacher_BP = np.full(key_BP.shape, np.nan, np.float32)
-        columns = ["positives", "given_negatives", "scores"]
         for task in np.unique(task_B):
             collection = self.collections[task]
-            if "scores" not in collection.rows.schema.names:  # written before there were any
+            has = collection.rows.schema.names
+            scores, negatives = (RESCORED, "negatives") if RESCORED in has else ("scores", "given_negatives")
+            if scores not in has:  # written before there were any
                 continue
             at = np.flatnonzero(task_B == task)
-            for i, row in zip(at, collection.take_rows(row_B[at].tolist(), columns).to_pylist(), strict=True):
-                numbers = [*row["positives"], *row["given_negatives"]]
-                found = dict(zip(numbers, row["scores"], strict=True)) if row["scores"] else {}
+            table = collection.take_rows(row_B[at].tolist(), ["positives", negatives, scores])
+            for i, row in zip(at, table.to_pylist(), strict=True):
+                numbers = [*row["positives"], *row[negatives]]
+                found = dict(zip(numbers, row[scores], strict=True)) if row[scores] else {}
                 teacher_BP[i] = [found.get(key) for key in key_BP[i].tolist()]  # None becomes NaN
         return teacher_BP
 

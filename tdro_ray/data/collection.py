@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from tdro_ray.data.layouts import open_test
 from tdro_ray.errors import DataError, nearest
 from tdro_ray.types import Passage, RetrievalTest, TaskInfo
 
@@ -33,7 +34,8 @@ ROW_SCHEMA = pa.schema(
         ("given_negatives", pa.list_(pa.int64())),  # as the source gave them
         ("scores", pa.list_(pa.float32())),  # a teacher's, of positives and given negatives; null where none is given
     ]
-)  # mining adds `negatives: list<int64>`
+)  # mining adds `negatives: list<int64>`, and RESCORED where a cross-encoder scored them
+RESCORED = "rescored"  # list<float>: of positives, then negatives; null where there is none
 PASSAGE_SCHEMA = pa.schema([("docid", pa.string()), ("title", pa.string()), ("text", pa.string())])
 
 
@@ -117,9 +119,9 @@ class Collection:
         return [f"{title} {text}" if title else text for title, text in zip(titles, texts, strict=True)]
 
     def test(self, split: str = "test") -> RetrievalTest | None:
-        """Return the held-out test (`split` "test" or "dev"), or None where the task has none."""
+        """Return the held-out test (`split` "test" or "dev"), its corpus read when it is gone through, or None where the task has none."""
         folder = self.folder / split
-        return read_beir(folder, split) if (folder / "qrels").is_dir() else None
+        return open_test(folder, split) if (folder / "qrels").is_dir() else None
 
 
 def _take(dataset: Any, indices: Sequence[int], columns: list[str] | None) -> pa.Table:
@@ -157,52 +159,12 @@ class CollectionStore:
         return [Collection(self.root / name) for name in names]
 
 
-def read_beir(folder: Path, split: str = "test") -> RetrievalTest:
-    """Read a BEIR folder: `corpus.jsonl`, `queries.jsonl`, `qrels/<split>.tsv` (`.gz` allowed). Only judged queries stay.
-
-    Raises DataError that names the file and line of the first bad record, or the missing file.
-    """
-    corpus = tuple(
-        Passage(_text(r, "_id", at), _text(r, "text", at), r.get("title") or "")
-        for r, at in _jsonl(folder, "corpus.jsonl")
-    )
-    queries, qrels = read_judged(folder, split)
-    return RetrievalTest(corpus, queries, qrels)
-
-
-def read_judged(folder: Path, split: str = "test") -> tuple[dict[str, str], dict[str, dict[str, int]]]:
-    """Return the judged queries of a BEIR folder and their judgements, without reading the corpus."""
-    queries = {_text(r, "_id", at): _text(r, "text", at) for r, at in _jsonl(folder, "queries.jsonl")}
-    path = folder / "qrels" / f"{split}.tsv"
-    if not path.exists():
-        raise DataError(
-            f"{folder} has no qrels/{split}.tsv; a BEIR test needs corpus.jsonl, queries.jsonl and qrels/{split}.tsv."
-        )
-    qrels: dict[str, dict[str, int]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        parts = line.split("\t")
-        if len(parts) == 4:  # TREC: query, iteration, document, relevance
-            parts = [parts[0], parts[2], parts[3]]
-        if number == 1 and not parts[-1].strip().lstrip("-").isdigit():
-            continue  # header
-        if len(parts) != 3 or not parts[2].strip().lstrip("-").isdigit():
-            raise DataError(
-                f"{path}:{number}: expected query-id, corpus-id and an integer relevance separated by tabs, got {line!r:.120}."
-            )
-        if parts[0] in queries:
-            qrels.setdefault(parts[0], {})[parts[1]] = int(parts[2])
-    if not qrels:
-        raise DataError(f"{path} judges none of the queries in {folder / 'queries.jsonl'}.")
-    return {q: queries[q] for q in qrels}, qrels
-
-
-def write_beir(folder: Path, test: RetrievalTest, split: str = "test") -> None:
-    """Write a test in BEIR layout, corpus and queries gzipped with a fixed time stamp."""
+def write_beir(folder: Path, test: RetrievalTest, split: str = "test", corpus: Iterable[Passage] | None = None) -> None:
+    """Write a test in BEIR layout, corpus (as given, else the test's) and queries gzipped with a fixed time stamp."""
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     _write_jsonl_gz(
-        folder / "corpus.jsonl.gz", ({"_id": p.docid, "title": p.title, "text": p.text} for p in test.corpus)
+        folder / "corpus.jsonl.gz",
+        ({"_id": p.docid, "title": p.title, "text": p.text} for p in (test.corpus if corpus is None else corpus)),
     )
     _write_jsonl_gz(folder / "queries.jsonl.gz", ({"_id": q, "text": t} for q, t in test.queries.items()))
     lines = ["query-id\tcorpus-id\tscore"]
@@ -214,30 +176,3 @@ def _write_jsonl_gz(path: Path, records: Iterator[dict[str, Any]]) -> None:
     with path.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", compresslevel=3, fileobj=raw, mtime=0) as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-
-
-def _jsonl(folder: Path, name: str) -> Iterator[tuple[dict[str, Any], str]]:
-    path = folder / name
-    if not path.exists():
-        path = folder / f"{name}.gz"
-    if not path.exists():
-        raise DataError(
-            f"{folder} has no {name} (or {name}.gz); a BEIR test needs corpus.jsonl, queries.jsonl and qrels/<split>.tsv."
-        )
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-            except ValueError as err:
-                raise DataError(f"{path}:{number}: not valid JSON: {err}") from err
-            if not isinstance(record, dict):
-                raise DataError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}.")
-            yield record, f"{path}:{number}"
-
-
-def _text(record: dict[str, Any], key: str, at: str) -> str:
-    value = record.get(key)
-    if isinstance(value, (str, int)) and not isinstance(value, bool):
-        return str(value)
-    raise DataError(f"{at}: field {key!r} must be a string, got {value!r:.80}.")

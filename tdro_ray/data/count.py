@@ -12,6 +12,9 @@ import numpy as np
 
 from tdro_ray.config import ModelSettings
 from tdro_ray.data.collection import Collection
+from tdro_ray.data.hub import HubDataset
+from tdro_ray.data.layouts import judgements
+from tdro_ray.data.place import Place, open_anywhere, stamp
 from tdro_ray.data.sources import TaskSource
 
 LOOK_BYTES = 1 << 20  # of text read of a file of lines; a longer file's rows follow from its size
@@ -26,17 +29,21 @@ def count_rows(task: TaskSource) -> tuple[int, bool]:
     return sum(n for n, _ in counts), all(exact for _, exact in counts)
 
 
-def _rows_of(path: Path) -> tuple[int, bool]:
-    if path.is_dir():  # BEIR: a row per query; judgements are counted instead
-        return max(0, _lines(path / "qrels" / "train.tsv")[0] - 1), False
+def _rows_of(path: Place | HubDataset) -> tuple[int, bool]:
+    if isinstance(path, HubDataset):
+        rows = path.rows()
+        return rows or 0, rows is not None
+    if path.is_dir():  # a row per query; judgements are counted instead
+        return max(0, _lines(judgements(path, "train")[0])[0] - 1), False
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(path).metadata.num_rows, True
+        with open_anywhere(path) as file:
+            return pq.ParquetFile(file).metadata.num_rows, True
     return _lines(path)
 
 
-def _lines(path: Path) -> tuple[int, bool]:
+def _lines(path: Place) -> tuple[int, bool]:
     """Lines of a text file: counted where it ends within LOOK_BYTES, else by the share of its bytes that these took."""
     with path.open("rb") as raw:
         try:
@@ -47,10 +54,10 @@ def _lines(path: Path) -> tuple[int, bool]:
     lines = head.count(b"\n") + (not head.endswith(b"\n") and bool(head))
     if len(head) < LOOK_BYTES:
         return lines, True
-    return round(lines * path.stat().st_size / max(1, used)), False
+    return round(lines * stamp(path)[1] / max(1, used)), False
 
 
-def _text(path: Path, raw: BinaryIO) -> BinaryIO:
+def _text(path: Place, raw: BinaryIO) -> BinaryIO:
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if path.suffix == ".zst":
@@ -79,9 +86,10 @@ def sample_tokens(tasks: Sequence[Collection], model: ModelSettings, base: Path)
             queries.append(float(np.mean([len(s) for s in tokenizer.encode(texts, "query", task.name)])))
             passages.append(float(np.mean([len(s) for s in tokenizer.encode(found, "passage", task.name)])))
         else:
-            prompt = len(task.manifest.info.query_prompt) if model.instructions else 0
-            queries.append(_by_characters(texts, model.query_length, prompt))
-            passages.append(_by_characters(found, model.passage_length))
+            info = task.manifest.info
+            query_length, passage_length = info.lengths(model.query_length, model.passage_length)
+            queries.append(_by_characters(texts, query_length, len(info.query_prompt) if model.instructions else 0))
+            passages.append(_by_characters(found, passage_length))
     return float(np.mean(queries)), float(np.mean(passages))
 
 

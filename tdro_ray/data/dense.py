@@ -26,7 +26,11 @@ class DenseHits:
     scores: list[np.ndarray]
     positive_Q: np.ndarray  # score of each query's least similar positive
     num_ranked: int  # hits in the ranks, the query's own positives aside
-    num_filtered: int  # of these, too near to the positive
+    filtered: list[np.ndarray]  # of these, too near to the positive
+
+    @property
+    def num_filtered(self) -> int:
+        return sum(map(len, self.filtered))
 
 
 def dense_hits(
@@ -39,7 +43,7 @@ def dense_hits(
     """Search every query and filter its hits by the margins of `settings`, against its least similar positive."""
     index = _index(passage_PD, use_gpu)
     depth = min(settings.last_rank, len(passage_PD))
-    passages, kept_scores, ranked, filtered = [], [], 0, 0
+    passages, kept_scores, filtered, ranked = [], [], [], 0
     positive_Q = np.array([float((passage_PD[list(p)] @ q).min()) for q, p in zip(query_QD, positives)], np.float32)
     for start in range(0, len(query_QD), QUERIES_PER_SEARCH):
         block_QD = np.ascontiguousarray(query_QD[start : start + QUERIES_PER_SEARCH], np.float32)
@@ -47,7 +51,8 @@ def dense_hits(
             scores, found = scores[settings.first_rank - 1 :], found[settings.first_rank - 1 :]
             other = ~np.isin(found, positives[at])
             keep = other & within_margins(scores, positive_Q[at], settings.margin_absolute, settings.margin_relative)
-            ranked, filtered = ranked + int(other.sum()), filtered + int((other & ~keep).sum())
+            ranked += int(other.sum())
+            filtered.append(found[other & ~keep])
             passages.append(found[keep])
             kept_scores.append(scores[keep])
     return DenseHits(passages, kept_scores, positive_Q, ranked, filtered)

@@ -18,12 +18,14 @@ import pyarrow as pa
 import ray
 
 from tdro_ray.config import PolicySettings, Recipe
-from tdro_ray.data.collection import TaskManifest, read_beir
-from tdro_ray.data.formats import CHUNK_ROWS, UNREADABLE, Chunk, Reject, parse_chunk, read_chunks
+from tdro_ray.data.collection import TaskManifest
+from tdro_ray.data.formats import CHUNK_ROWS, UNREADABLE, Chunk, Reject, located, parse_chunk, read_chunks
+from tdro_ray.data.layouts import open_test
+from tdro_ray.data.parsed import parsed_table
 from tdro_ray.data.publish import read_manifest, store_lock
 from tdro_ray.data.ray_data import quiet
 from tdro_ray.data.sources import TaskSource, discover
-from tdro_ray.data.writer import TaskWriter, WriteSettings, parsed_table
+from tdro_ray.data.writer import TaskWriter, WriteSettings
 from tdro_ray.errors import DataError, nearest
 from tdro_ray.types import TaskData, TaskInfo
 
@@ -65,7 +67,7 @@ def _ingest_files(recipe: Recipe, store: Path, task: TaskSource, progress: Calla
     if manifest:
         progress(f"{task.name}: up to date, {manifest.rows:,} rows")
         return manifest
-    test = read_beir(task.test) if task.test else None
+    test = open_test(task.test) if task.test else None
     writer = TaskWriter(store, task.name, info, key, test, _write_settings(recipe))
     return _write(writer, _parse_on_ray(task, recipe.scale.cpus_per_data_task), progress)
 
@@ -141,7 +143,8 @@ def _write_settings(recipe: Recipe) -> WriteSettings:
 def _source_key(recipe: Recipe, fingerprint: str, info: TaskInfo) -> str:
     """Key of everything that the written task depends on."""
     data = recipe.data
-    parts = [READER, fingerprint, repr(info), data.dev_queries, data.dev_corpus, data.max_reject_share]
+    facts = repr(info).replace(", query_length=None, passage_length=None", "")  # as before tasks had lengths
+    parts = [READER, fingerprint, facts, data.dev_queries, data.dev_corpus, data.max_reject_share]
     if data.policies != PolicySettings():  # a store written before there were policies stays up to date
         parts.append(data.policies.model_dump())
     return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
@@ -172,7 +175,7 @@ def _parse_on_ray(task: TaskSource, cpus: float) -> Iterator[pa.Table]:
 def _read(batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:
     for path, name in zip(batch["path"], batch["format"]):
         try:
-            for chunk in read_chunks(Path(path), name):
+            for chunk in read_chunks(located(path), name):
                 yield {"chunk": [pickle.dumps(chunk)]}
         except DataError as err:  # travels as data: an exception here would be printed with Ray's own stack traces
             yield {"chunk": [pickle.dumps(Reject(path, 0, UNREADABLE, str(err)))]}

@@ -1,4 +1,4 @@
-"""Hard-negative mining: one Ray Data job per task, results as a new column version of the task's rows.
+"""Hard-negative mining: one Ray Data job per task, results as new columns of a version of the task's rows.
 
 The index of a task is built once, in a Ray task, while the task before it is being mined; the workers share it
 through the object store. What makes a negative is decided in `negatives.py`, how BM25 searches in `bm25.py`.
@@ -21,12 +21,13 @@ import ray
 
 from tdro_ray.config import MineSettings, Recipe, mining_seed, mining_settings
 from tdro_ray.data.bm25 import BM25, guess_language
-from tdro_ray.data.collection import Collection, TaskManifest
+from tdro_ray.data.collection import RESCORED, Collection, TaskManifest
 from tdro_ray.data.dedup import KEY_BYTES, text_key
-from tdro_ray.data.dense import dense_hits, dense_report
+from tdro_ray.data.dense import DenseHits, dense_hits, dense_report
 from tdro_ray.data.negatives import Chosen, PassageClasses, choose, shared_positives
 from tdro_ray.data.publish import store_lock, write_manifest
 from tdro_ray.data.ray_data import quiet
+from tdro_ray.data.rescore import rescore
 from tdro_ray.errors import DataError
 from tdro_ray.types import Kind
 
@@ -35,6 +36,8 @@ RANGE_ROWS = 1000  # rows per mining task
 READ_ROWS = 4096  # rows or passages read at a time
 Encode = Callable[[Sequence[tuple[str, Kind, str]]], np.ndarray]
 _NEGATIVES = pa.field("negatives", pa.list_(pa.int64()))
+# A cross-encoder's, of positives then negatives; null for what was drawn at random.
+_RESCORED = pa.field(RESCORED, pa.list_(pa.float32()))
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,10 @@ def mine(
             next_index = (
                 build.remote(store / following, manifests[following].info.language, dense) if following else None
             )
-            tables, report = (
-                _mine_dense(recipe, store / name, ray.get(index), encode)
-                if encode
-                else (_mine_bm25(recipe, store / name, index), {})
-            )
+            if recipe.mine.rescore or encode:
+                tables, report = _mine_scored(recipe, store / name, index, encode, progress)
+            else:
+                tables, report = list(_bm25_job(recipe, store / name, index, _mine_range)), {}
             negatives = _commit(recipe, store / name, tables, keys[name]) | report
             write_manifest(store / name, replace(manifests[name], negatives=negatives))
             results[name] = negatives
@@ -127,38 +129,67 @@ def _passage_texts(collection: Collection) -> Iterator[list[str]]:
 # The job
 
 
-def _mine_bm25(recipe: Recipe, folder: Path, index: Any) -> list[pa.Table]:
-    """Return the task's negatives in row order."""
+def _bm25_job(recipe: Recipe, folder: Path, index: Any, work: Callable[..., Iterator[pa.Table]]) -> Iterator[pa.Table]:
+    """Yield what `work` makes of the task's rows, range by range, in row order."""
     quiet()
     name, rows = folder.name, len(Collection(folder))
     starts = list(range(0, rows, RANGE_ROWS))
     job = ray.data.from_items([{"start": start} for start in starts], override_num_blocks=len(starts)).map_batches(
-        _mine_range,
+        work,
         fn_kwargs={"folder": folder, "index": [index], "settings": recipe.mine, "seed": mining_seed(recipe)},
         batch_size=None,
         num_cpus=1,  # pure computing: a smaller share would only start more processes than there are cores
     )
     job.set_name(f"mine:{name}")
-    return list(job.iter_batches(batch_size=None, batch_format="pyarrow"))
+    yield from job.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-def _mine_dense(recipe: Recipe, folder: Path, task: TaskIndex, encode: Encode) -> tuple[list[pa.Table], dict[str, Any]]:
-    """Return the task's negatives in row order, and the report. All vectors of the task are in memory."""
+def _mine_scored(
+    recipe: Recipe, folder: Path, index: Any, encode: Encode | None, progress: Callable[[str], None]
+) -> tuple[list[pa.Table], dict[str, Any]]:
+    """Return the task's negatives in row order, and the report, of a search whose hits have scores to filter by.
+
+    In memory: the task's rows and hits, and all its vectors where an encoder searches.
+    """
     collection, settings = Collection(folder), recipe.mine
     rows = collection.take_rows(range(len(collection)), ["id", "query", "positives", "given_negatives"])
-    records = rows.to_pylist()
-    items: list[tuple[str, Kind, str]] = [(record["query"], "query", folder.name) for record in records]
-    items += [(text, "passage", folder.name) for texts in _passage_texts(collection) for text in texts]
-    vectors = encode(items)
-    hits = dense_hits(
-        vectors[: len(records)],
-        vectors[len(records) :],
-        [record["positives"] for record in records],
-        settings,
-        recipe.scale.use_gpu,
+    records, task = rows.to_pylist(), ray.get(index)
+    if encode:
+        hits = _dense_hits(recipe, collection, records, encode)
+        found = hits.passages
+    else:
+        tables = _bm25_job(recipe, folder, index, _find_range)
+        found = [np.array(ranked, np.int64) for table in tables for ranked in table["found"].to_pylist()]
+    scores = None
+    if settings.rescore:
+
+        def show(done: int, total: int) -> None:
+            progress(f"{folder.name}: {done:,} of {total:,} rows rescored")
+
+        rescored = rescore(folder, records, found, settings, recipe.scale, show)
+        hits, scores = rescored.hits, rescored.scores
+    chosen = _choose_rows(
+        range(len(records)), records, hits.passages, task, folder.name, settings, mining_seed(recipe), hits.filtered
     )
-    chosen = _choose_rows(range(len(records)), records, hits.passages, task, folder.name, settings, mining_seed(recipe))
-    return [_table(chosen)], dense_report(hits, [c.negatives for c in chosen], collection, records)
+    table = _table(chosen)
+    if scores is not None:
+        known = (
+            [score.get(p) for p in (*record["positives"], *c.negatives)]
+            for record, c, score in zip(records, chosen, scores, strict=True)
+        )
+        table = table.append_column(_RESCORED, pa.array(known, _RESCORED.type))
+    return [table], dense_report(hits, [c.negatives for c in chosen], collection, records)
+
+
+def _dense_hits(recipe: Recipe, collection: Collection, records: Sequence[dict[str, Any]], encode: Encode) -> DenseHits:
+    name, settings = collection.name, recipe.mine
+    items: list[tuple[str, Kind, str]] = [(record["query"], "query", name) for record in records]
+    items += [(text, "passage", name) for texts in _passage_texts(collection) for text in texts]
+    vectors = encode(items)
+    if settings.rescore:  # the margins are the cross-encoder's
+        settings = settings.model_copy(update={"margin_absolute": None, "margin_relative": None})
+    positives = [record["positives"] for record in records]
+    return dense_hits(vectors[: len(records)], vectors[len(records) :], positives, settings, recipe.scale.use_gpu)
 
 
 def _commit(recipe: Recipe, folder: Path, tables: list[pa.Table], key: str) -> dict[str, Any]:
@@ -169,6 +200,10 @@ def _commit(recipe: Recipe, folder: Path, tables: list[pa.Table], key: str) -> d
     hasher = blake2b(digest_size=16)
     hasher.update(column.value_lengths().to_numpy().tobytes())
     hasher.update(column.flatten().to_numpy().tobytes())
+    columns = {_NEGATIVES: column}
+    if _RESCORED.name in table.column_names:
+        columns[_RESCORED] = table[_RESCORED.name].combine_chunks()
+        hasher.update(columns[_RESCORED].flatten().fill_null(np.nan).to_numpy().tobytes())
     total = {what: int(np.sum(table[what].to_numpy())) for what in ("given", "mined", "random")}
     return {
         "key": key,
@@ -178,7 +213,7 @@ def _commit(recipe: Recipe, folder: Path, tables: list[pa.Table], key: str) -> d
         "mean_given": total["given"] / rows,
         "mean_mined": total["mined"] / rows,
         "random_filled": total["random"],
-        "version": _commit_column(folder, pa.table([column], schema=pa.schema([_NEGATIVES]))),
+        "version": _commit_columns(folder, pa.table([*columns.values()], schema=pa.schema([*columns]))),
     }
 
 
@@ -191,10 +226,26 @@ def _mine_range(
     for start in batch["start"].tolist():
         rows = range(start, min(start + RANGE_ROWS, len(collection)))
         records = collection.take_rows(rows, ["id", "query", "positives", "given_negatives"]).to_pylist()
-        assert task.bm25 is not None
-        found = task.bm25.search([record["query"] for record in records], settings.last_rank)
-        ranked = [hits[settings.first_rank - 1 :] for hits in found]
+        ranked = _ranked(task, [record["query"] for record in records], settings)
         yield _table(_choose_rows(rows, records, ranked, task, folder.name, settings, seed))
+
+
+def _find_range(
+    batch: dict[str, np.ndarray], folder: Path, index: list[Any], settings: MineSettings, seed: int
+) -> Iterator[pa.Table]:
+    """What BM25 finds for the rows from each start on, in row order."""
+    task: TaskIndex = ray.get(index[0])
+    collection = Collection(folder)
+    for start in batch["start"].tolist():
+        rows = range(start, min(start + RANGE_ROWS, len(collection)))
+        queries = collection.take_rows(rows, ["query"])["query"].to_pylist()
+        found = [hits.tolist() for hits in _ranked(task, queries, settings)]
+        yield pa.table({"found": pa.array(found, pa.list_(pa.int64()))})
+
+
+def _ranked(task: TaskIndex, queries: list[str], settings: MineSettings) -> list[np.ndarray]:
+    assert task.bm25 is not None
+    return [hits[settings.first_rank - 1 :] for hits in task.bm25.search(queries, settings.last_rank)]
 
 
 def _choose_rows(
@@ -205,11 +256,15 @@ def _choose_rows(
     name: str,
     settings: MineSettings,
     seed: int,
+    refused: Sequence[np.ndarray] | None = None,
 ) -> list[Chosen]:
-    """Choose each row's negatives among what was found for it."""
+    """Choose each row's negatives among what was found for it; what the margins refused does not come back at random."""
     chosen = []
-    for row, record, hits in zip(rows, records, found):
+    for at, (row, record, hits) in enumerate(zip(rows, records, found)):
         forbidden = {int(task.classes.class_P[p]) for p in task.shared.get(row, record["positives"])}
+        if refused is not None:
+            given = {int(task.classes.class_P[p]) for p in record["given_negatives"]}
+            forbidden |= {int(task.classes.class_P[p]) for p in refused[at].tolist()} - given
         own = task.classes.by_key.get(text_key(record["query"]))
         rng = Random(f"{seed}/{name}/{record['id']}/{row}")
         chosen.append(
@@ -230,8 +285,8 @@ def _table(chosen: Sequence[Chosen]) -> pa.Table:
     return pa.table({"negatives": pa.array([c.negatives for c in chosen], _NEGATIVES.type), **counts})
 
 
-def _commit_column(folder: Path, table: pa.Table) -> int:
-    """Write the column as a new version of rows.lance and return the version; older versions stay readable.
+def _commit_columns(folder: Path, table: pa.Table) -> int:
+    """Write the columns as a new version of rows.lance and return the version; older versions stay readable.
 
     Until the manifest names the version nobody reads it, so a kill at any point leaves the task as it was.
     """
@@ -241,7 +296,8 @@ def _commit_column(folder: Path, table: pa.Table) -> int:
     if dataset.version != dataset.latest_version:  # a cleaning or mining cut short, or cleaned otherwise since
         dataset.restore()
         dataset = lance.dataset(str(folder / "rows.lance"))
-    if _NEGATIVES.name in dataset.schema.names:
-        dataset.drop_columns([_NEGATIVES.name])
+    old = [field.name for field in (_NEGATIVES, _RESCORED) if field.name in dataset.schema.names]
+    if old:
+        dataset.drop_columns(old)
     dataset.add_columns(table.to_reader())
     return dataset.version

@@ -1,4 +1,4 @@
-"""Which tasks a list of source paths holds: one file, one task folder, or a folder of task folders."""
+"""Which tasks a list of sources holds: one file, one task folder, a folder of task folders, each by path or URL, or a hub dataset."""
 
 from __future__ import annotations
 
@@ -7,16 +7,29 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tdro_ray.data.formats import ENDINGS, first_existing, format_of, plain_suffix
+from tdro_ray.data.formats import ENDINGS, format_of
+from tdro_ray.data.hub import PREFIX, HubDataset
+from tdro_ray.data.layouts import corpus_files, test_split
+from tdro_ray.data.place import (
+    Place,
+    RemotePath,
+    files_under,
+    first_existing,
+    place,
+    plain_suffix,
+    remote_message,
+    stamp,
+)
 from tdro_ray.errors import DataError, nearest
 from tdro_ray.types import TaskInfo
 
-BEIR_FILES = ("corpus", "queries")
+NO_TRAINING_ROWS = re.compile(r"(docs|corpus)(-\d+)?|queries|dev|valid|validation|test")  # files that tests are made of
+
+SHORTEST = 4  # tokens that a text may be cut to
 
 
 @dataclass(frozen=True)
@@ -24,33 +37,30 @@ class TaskSource:
     """Where one task's training rows, test and facts come from."""
 
     name: str
-    files: tuple[tuple[Path, str], ...]  # (file or BEIR folder, name of its format), read in this order
-    test: Path | None  # BEIR folder with qrels/test.tsv
+    files: tuple[tuple[Place | HubDataset, str], ...]  # (file or folder, name of its format), read in this order
+    test: Place | None  # folder with judgements of a test or dev split
     info: TaskInfo
 
     def fingerprint(self) -> str:
-        """Return a key that changes when a file of the task changes (name, size or time of change)."""
-        parts = [path for path, _ in self.files if path.is_file()]
-        for folder in {path for path, _ in self.files if path.is_dir()} | ({self.test} if self.test else set()):
-            parts += [p for p in folder.rglob("*") if p.is_file()]
-        seen = [(str(p), s.st_size, s.st_mtime_ns) for p in sorted(set(parts)) for s in [p.stat()]]
+        """Return a key that changes when a file of the task changes (name, size, time of change or ETag)."""
+        paths = [path for path, _ in self.files if not isinstance(path, HubDataset)]
+        parts = [path for path in paths if path.is_file()]
+        for folder in {path for path in paths if path.is_dir()} | ({self.test} if self.test else set()):
+            parts += files_under(folder)
+            parts += corpus_files(folder)  # which may lie beside it
+        seen: list[Any] = [stamp(path) for path in sorted(set(parts))]  # type: ignore[type-var]
+        seen += [path.fingerprint() for path, _ in self.files if isinstance(path, HubDataset)]
         return blake2b(json.dumps([seen, [str(p) for p, _ in self.files]]).encode(), digest_size=16).hexdigest()
 
 
 def discover(sources: Iterable[str], note: Callable[[str], None] = lambda line: None) -> list[TaskSource]:
-    """Return the tasks of all source paths, in the order given, folders in name order.
+    """Return the tasks of all sources, in the order given, folders in name order.
 
-    Raises DataError for a path that is missing or holds no task, and for two tasks of one name.
+    Raises DataError for a source that is missing or holds no task, and for two tasks of one name.
     """
     tasks: dict[str, TaskSource] = {}
     for source in sources:
-        path = Path(source).expanduser()
-        if not path.exists():
-            raise DataError(
-                f"Source {source!r} does not exist (looked at {path.absolute()}). data.sources takes 'environment', "
-                f"task folders, training files, or folders of task folders."
-            )
-        for task in _tasks_at(path, note):
+        for task in _tasks_of(source, note):
             if task.name in tasks:
                 raise DataError(
                     f"Two tasks are called {task.name!r}: {tasks[task.name].files[0][0]} and {task.files[0][0]}. Rename one folder or file."
@@ -59,7 +69,22 @@ def discover(sources: Iterable[str], note: Callable[[str], None] = lambda line: 
     return list(tasks.values())
 
 
-def _tasks_at(path: Path, note: Callable[[str], None]) -> list[TaskSource]:
+def _tasks_of(source: str, note: Callable[[str], None]) -> list[TaskSource]:
+    if source.startswith(PREFIX):
+        dataset = HubDataset.parse(source)
+        return [TaskSource(_clean(dataset.name), ((dataset, "hf"),), None, TaskInfo(source=source))]
+    path = place(source)
+    if path.exists():
+        return _tasks_at(path, note)
+    if isinstance(path, RemotePath):
+        raise DataError(remote_message(source, FileNotFoundError("there is no such bucket, folder or file")))
+    raise DataError(
+        f"Source {source!r} does not exist (looked at {path.absolute()}). data.sources takes 'environment', task folders, "
+        f"training files, folders of task folders, URLs of these (s3://bucket/folder), or a hub dataset (hf:org/name)."
+    )
+
+
+def _tasks_at(path: Place, note: Callable[[str], None]) -> list[TaskSource]:
     if path.is_file():
         name = format_of(path)
         if name is None:
@@ -69,7 +94,7 @@ def _tasks_at(path: Path, note: Callable[[str], None]) -> list[TaskSource]:
         return [TaskSource(_name_of(path), ((path, name),), None, TaskInfo(source=str(path)))]
     if task := _task_folder(path):
         return [task]
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))  # type: ignore[type-var]
     found = []
     for folder in folders:
         if task := _task_folder(folder):
@@ -79,34 +104,34 @@ def _tasks_at(path: Path, note: Callable[[str], None]) -> list[TaskSource]:
     if not found:
         raise DataError(
             f"{path} holds no task. A task folder has train.jsonl (or other .jsonl or .parquet files, also .gz or .zst), or a "
-            f"BEIR corpus with qrels/train.tsv; a source may also be a folder of such folders. A test alone goes to evaluate.extra_tests."
+            f"BEIR, MIRACL or Mr.TyDi folder with train judgements; a source may also be a folder of such folders. A test alone goes to evaluate.extra_tests."
         )
     return found
 
 
-def _task_folder(folder: Path) -> TaskSource | None:
+def _task_folder(folder: Place) -> TaskSource | None:
     files = _training_files(folder)
     if not files:
         return None
-    test = next((p for p in (folder, folder / "test") if (p / "qrels" / "test.tsv").is_file()), None)
+    test = next((p for p in (folder, folder / "test") if test_split(p)), None)
     return TaskSource(_clean(folder.resolve().name), files, test, _info(folder))
 
 
-def _training_files(folder: Path) -> tuple[tuple[Path, str], ...]:
-    """`train.jsonl` or `train.parquet` where there is one, else all such files, else the BEIR folder itself."""
+def _training_files(folder: Place) -> tuple[tuple[Place, str], ...]:
+    """`train.jsonl` or `train.parquet` where there is one, else all such files, else the folder with its judgements."""
     for name in ("train.jsonl", "train.parquet"):
         if path := first_existing(folder, name):
             return ((path, str(format_of(path))),)
-    lines = [
-        p for p in sorted(folder.iterdir()) if p.is_file() and plain_suffix(p) in (".jsonl", ".ndjson", ".parquet")
-    ]
-    lines = [p for p in lines if p.name.split(".")[0] not in BEIR_FILES]
+    endings = (".jsonl", ".ndjson", ".parquet")
+    lines = [p for p in sorted(folder.iterdir()) if p.is_file() and plain_suffix(p) in endings]  # type: ignore[type-var]
+    lines = [p for p in lines if not NO_TRAINING_ROWS.fullmatch(p.name.split(".")[0])]
     if lines:
         return tuple((p, str(format_of(p))) for p in lines)
-    return ((folder, "beir"),) if format_of(folder) == "beir" else ()
+    name = format_of(folder)
+    return ((folder, name),) if name else ()
 
 
-def _info(folder: Path) -> TaskInfo:
+def _info(folder: Place) -> TaskInfo:
     """Facts of `task.yaml` where the folder has one."""
     path = folder / "task.yaml"
     if not path.is_file():
@@ -123,16 +148,23 @@ def _info(folder: Path) -> TaskInfo:
 def merge_info(info: TaskInfo, changes: dict[str, Any], at: str) -> TaskInfo:
     """Return `info` with the given fields changed; raises DataError (naming `at`) for an unknown field or a wrong type."""
     valid = {f.name: str(f.type) for f in fields(TaskInfo)}
-    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "float | None": (int, float, type(None))}
+    kinds: dict[str, tuple[type, ...]] = {
+        "str": (str,),
+        "bool": (bool,),
+        "float | None": (int, float, type(None)),
+        "int | None": (int, type(None)),
+    }
     for key, value in changes.items():
         if key not in valid:
             raise DataError(f"{at}: unknown field {key!r}.{nearest(str(key), valid)}")
-        if not isinstance(value, kinds[valid[key]]):
+        if not isinstance(value, kinds[valid[key]]) or (isinstance(value, bool) and valid[key] != "bool"):
             raise DataError(f"{at}: field {key!r} must be {valid[key]}, got {value!r:.80}.")
+        if key in ("query_length", "passage_length") and value is not None and value < SHORTEST:
+            raise DataError(f"{at}: field {key!r} must be at least {SHORTEST} tokens, got {value}.")
     return replace(info, **changes)
 
 
-def _name_of(path: Path) -> str:
+def _name_of(path: Place) -> str:
     stem = path.name.split(".")[0]
     return _clean(path.resolve().parent.name if stem in ("train", "data") else stem)
 

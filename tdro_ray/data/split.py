@@ -1,12 +1,15 @@
-"""Which training rows become the dev split. Knows nothing of Ray or of the store."""
+"""Which training rows become the dev split, and the test that they make. Knows nothing of Ray."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tdro_ray.data.dedup import KEY_BYTES
+from tdro_ray.types import Passage, RetrievalTest
 
 
 def dev_rows(staged: pa.Table, passage_keys: list[bytes], wanted: int) -> np.ndarray:
@@ -44,3 +47,19 @@ def dev_rows(staged: pa.Table, passage_keys: list[bytes], wanted: int) -> np.nda
         if not left_over:
             break
     return np.flatnonzero(np.isin(groups, list(taken)))
+
+
+def dev_test(passages: Path, dev: pa.Table, passage_keys: list[bytes], most: int) -> RetrievalTest | None:
+    """Return the test of the rows `dev`: their positives among at most `most` other passages, drawn by their keys."""
+    if not dev.num_rows:
+        return None
+    import lance
+
+    positives = dict.fromkeys(number for row in dev["positives"].to_pylist() for number in row)
+    others = sorted((n for n in range(len(passage_keys)) if n not in positives), key=passage_keys.__getitem__)[:most]
+    numbers = sorted([*positives, *others])
+    taken = lance.dataset(str(passages)).take(numbers).to_pylist()
+    corpus = tuple(Passage(str(n), p["text"], p["title"]) for n, p in zip(numbers, taken))
+    queries = {f"dev{at}": query for at, query in enumerate(dev["query"].to_pylist())}
+    qrels = {f"dev{at}": {str(n): 1 for n in row} for at, row in enumerate(dev["positives"].to_pylist())}
+    return RetrievalTest(corpus, queries, qrels)

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -22,30 +22,15 @@ import pyarrow.compute as pc
 
 from tdro_ray.config import PolicySettings
 from tdro_ray.data.collection import PASSAGE_SCHEMA, ROW_SCHEMA, TaskManifest, write_beir
-from tdro_ray.data.dedup import KEY_BYTES, passage_key, row_key, text_key
+from tdro_ray.data.dedup import passage_key, text_key
 from tdro_ray.data.formats import UNREADABLE, Reject
+from tdro_ray.data.parsed import KEY
 from tdro_ray.data.publish import publish
-from tdro_ray.data.split import dev_rows
+from tdro_ray.data.split import dev_rows, dev_test
 from tdro_ray.errors import DataError
-from tdro_ray.types import Passage, RetrievalTest, Row, TaskInfo
+from tdro_ray.types import Passage, RetrievalTest, TaskInfo
 
-_KEY = pa.binary(KEY_BYTES)
-_PASSAGE = pa.struct([*PASSAGE_SCHEMA, pa.field("key", _KEY)])
-PARSED_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("query", pa.string()),
-        ("query_key", _KEY),
-        ("row_key", _KEY),  # same query, same positives
-        ("content_key", _KEY),  # everything in the row, ids too
-        ("passages", pa.list_(_PASSAGE)),  # distinct; the positives first
-        ("scores", pa.list_(pa.float32())),  # of `passages`; null where none is given
-        ("num_positives", pa.int64()),
-        ("self_negatives", pa.int64()),  # given negatives that were a positive of the row, left out
-        ("reject", pa.string()),  # null, or a JSON list [file, line, reason, detail]; then the rest is empty
-    ]
-)
-_STAGED_SCHEMA = pa.schema([*ROW_SCHEMA, pa.field("query_key", _KEY), pa.field("content_key", _KEY)])
+_STAGED_SCHEMA = pa.schema([*ROW_SCHEMA, pa.field("query_key", KEY), pa.field("content_key", KEY)])
 POLICY_TEXTS = {
     "duplicated_id": "an earlier row has this id",
     "docid_with_two_texts": "one of its docids stood for another text before",
@@ -53,64 +38,6 @@ POLICY_TEXTS = {
     "query_is_passage": "the query is its own positive passage",
 }
 FLUSH_BYTES = 64 << 20  # of passages per append to Lance
-
-
-def parsed_table(items: Iterable[Row | Reject]) -> pa.Table:
-    """Return rows and rejects as a table of `PARSED_SCHEMA`, keys computed: the work that runs in parallel."""
-    records = [_parsed_reject(item) if isinstance(item, Reject) else _parsed_row(item) for item in items]
-    columns = zip(*records) if records else [[] for _ in PARSED_SCHEMA]
-    return pa.table(
-        [pa.array(values, field.type) for values, field in zip(columns, PARSED_SCHEMA)], schema=PARSED_SCHEMA
-    )
-
-
-def _parsed_row(row: Row) -> tuple[Any, ...]:
-    query_key = text_key(row.query)
-    positives = {passage_key(p.title, p.text): p for p in reversed(row.positives)}  # of equal ones the first stays
-    positives = dict(reversed(positives.items()))
-    negatives: dict[bytes, Passage] = {}
-    dropped = 0
-    for passage in row.negatives:
-        key = passage_key(passage.title, passage.text)
-        dropped += key in positives
-        if key not in positives:
-            negatives.setdefault(key, passage)
-    passages = [
-        {"docid": p.docid, "title": p.title, "text": p.text, "key": key}
-        for key, p in (*positives.items(), *negatives.items())
-    ]
-    given: dict[bytes, float] = {}
-    for passage, score in zip((*row.positives, *row.negatives), row.scores):
-        if score is not None:
-            given.setdefault(passage_key(passage.title, passage.text), score)
-    scores = [given.get(key) for key in (*positives, *negatives)] if given else None
-    content = json.dumps(
-        [
-            row.id,
-            row.query,
-            len(positives),
-            [(p["docid"], p["key"].hex()) for p in passages],
-            *([scores] if given else []),
-        ]
-    )
-    content_key = blake2b(content.encode(), digest_size=KEY_BYTES).digest()
-    return (
-        row.id,
-        row.query,
-        query_key,
-        row_key(query_key, positives),
-        content_key,
-        passages,
-        scores,
-        len(positives),
-        dropped,
-        None,
-    )
-
-
-def _parsed_reject(reject: Reject) -> tuple[Any, ...]:
-    empty = bytes(KEY_BYTES)
-    return "", "", empty, empty, empty, [], None, 0, 0, json.dumps(reject)
 
 
 @dataclass(frozen=True)
@@ -332,29 +259,10 @@ class TaskWriter:
     def _write_tests(self, dev: pa.Table) -> tuple[str, str]:
         """Write the test as it came and the dev split; return their keys."""
         keys = []
-        for split, test in (("test", self.test), ("dev", self._dev_test(dev))):
-            if test is not None:
-                write_beir(self.folder / split, test, split)
-            keys.append(_test_key(test))
+        passages, most = self.folder / "passages.lance", self.settings.dev_corpus
+        for split, test in (("test", self.test), ("dev", dev_test(passages, dev, list(self.numbers), most))):
+            keys.append("" if test is None else _write_test(self.folder / split, test, split))
         return keys[0], keys[1]
-
-    def _dev_test(self, dev: pa.Table) -> RetrievalTest | None:
-        """The dev split: its positives among `dev_corpus` other passages of the task, drawn by their keys."""
-        if not dev.num_rows:
-            return None
-        import lance
-
-        positives = dict.fromkeys(number for row in dev["positives"].to_pylist() for number in row)
-        keys = list(self.numbers)
-        others = sorted((n for n in range(len(keys)) if n not in positives), key=keys.__getitem__)[
-            : self.settings.dev_corpus
-        ]
-        numbers = sorted([*positives, *others])
-        taken = lance.dataset(str(self.folder / "passages.lance")).take(numbers).to_pylist()
-        corpus = tuple(Passage(str(n), p["text"], p["title"]) for n, p in zip(numbers, taken))
-        queries = {f"dev{at}": query for at, query in enumerate(dev["query"].to_pylist())}
-        qrels = {f"dev{at}": {str(n): 1 for n in row} for at, row in enumerate(dev["positives"].to_pylist())}
-        return RetrievalTest(corpus, queries, qrels)
 
 
 def _split(numbers: np.ndarray, lengths: np.ndarray, num_positives: np.ndarray) -> tuple[pa.ListArray, pa.ListArray]:
@@ -370,11 +278,15 @@ def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int64()))
 
 
-def _test_key(test: RetrievalTest | None) -> str:
-    if test is None:
-        return ""
+def _write_test(folder: Path, test: RetrievalTest, split: str) -> str:
+    """Write a test and return its key; its corpus passes by once."""
     hasher = blake2b(digest_size=16)
-    for passage in test.corpus:
-        hasher.update(passage.docid.encode() + b"\0" + passage_key(passage.title, passage.text))
+
+    def passing() -> Iterator[Passage]:
+        for passage in test.corpus:
+            hasher.update(passage.docid.encode() + b"\0" + passage_key(passage.title, passage.text))
+            yield passage
+
+    write_beir(folder, test, split, passing())
     hasher.update(json.dumps([test.queries, test.qrels]).encode())
     return hasher.hexdigest()

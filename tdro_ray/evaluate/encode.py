@@ -5,7 +5,10 @@ T texts, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,12 @@ import pyarrow as pa
 import ray
 
 from tdro_ray.data.ray_data import by_actors, quiet
-from tdro_ray.evaluate.benchmark import evaluate_task
-from tdro_ray.types import Kind, RetrievalTest
+from tdro_ray.errors import DataError
+from tdro_ray.evaluate.benchmark import ExactSearch, measured
+from tdro_ray.types import Kind, Passage, RetrievalTest
 
 BLOCK_TEXTS = 256  # texts per block: small enough that two actors share a small test
+READERS = 2  # corpora that are read at once
 
 
 def encode_texts(
@@ -64,12 +69,41 @@ def _embedded(
     """Yield the records' vectors: by an actor pool, or in this process without actors."""
     made_from = {"model": str(model), "batch_tokens": batch_tokens, "use_gpu": use_gpu}
     if num_actors == 0:
-        embedder = _Embedder(**made_from)
-        for record in records:
-            yield pa.table(embedder({key: [value] for key, value in record.items()}))
+        yield from _here(records, made_from)
         return
     blocks = ray.data.from_items(records, override_num_blocks=len(records))
     yield from by_actors(blocks, _Embedder, made_from, num_actors, cpus, use_gpu, name)
+
+
+def _here(records: Iterable[dict[str, Any]], made_from: dict[str, Any]) -> Iterator[pa.Table]:
+    embedder = _Embedder(**made_from)
+    for record in records:
+        yield pa.table(embedder({key: [value] for key, value in record.items()}))
+
+
+# Evaluation
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Texts of one test and kind: all queries, or the corpus, which is read where it is needed."""
+
+    number: int
+    task: str
+    kind: Kind
+    texts: Mapping[str, str] | Iterable[Passage]
+
+    def blocks(self) -> Iterator[dict[str, Any]]:
+        """Yield records of BLOCK_TEXTS texts with their ids, in order; a bad corpus ends in one that says so."""
+        texts = self.texts
+        pairs = texts.items() if isinstance(texts, Mapping) else ((p.docid, p.full_text) for p in texts)
+        head = {"stretch": self.number, "kind": self.kind, "task": self.task}
+        try:
+            rest = iter(pairs)
+            while block := list(islice(rest, BLOCK_TEXTS)):
+                yield {**head, "ids": [i for i, _ in block], "texts": [t for _, t in block], "error": ""}
+        except DataError as err:  # travels as data: an exception on a worker would come with Ray's own stack traces
+            yield {**head, "ids": [], "texts": [], "error": str(err)}
 
 
 def evaluate_model(
@@ -84,27 +118,83 @@ def evaluate_model(
     name: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]], dict[str, Any]]:
-    """Return ({task: metrics}, {task: {query id: nDCG}}, {task: run}) of a model on every test."""
-    items: list[tuple[str, Kind, str]] = []
+    """Return ({task: metrics}, {task: {query id: nDCG}}, {task: run}) of a model on every test.
+
+    This process holds ids, the vectors of one block of a corpus, and the best hits so far: no corpus whole.
+    """
+    stretches = []
     for task, test in tests.items():
-        items += [(text, "query", task) for text in test.queries.values()]
-        items += [(passage.full_text, "passage", task) for passage in test.corpus]
-    vector_TD = encode_texts(model, items, num_actors, cpus, use_gpu, batch_tokens, name, progress)
-    metrics, queries, runs, at = {}, {}, {}, 0
-    for task, test in tests.items():
-        middle, end = at + len(test.queries), at + len(test.queries) + len(test.corpus)
-        metrics[task], values, runs[task] = evaluate_task(
-            vector_TD[at:middle],
-            list(test.queries),
-            vector_TD[middle:end],
-            [p.docid for p in test.corpus],
-            test.qrels,
-            ndcg_at,
-            recall_at,
-        )
+        stretches.append(Stretch(len(stretches), task, "query", test.queries))
+        stretches.append(Stretch(len(stretches), task, "passage", test.corpus))
+    total, done = sum(len(test.queries) + len(test.corpus) for test in tests.values()), 0
+    parts: dict[str, list[tuple[np.ndarray, Any]]] = {task: [] for task in tests}  # of the queries
+    searches: dict[str, ExactSearch] = {}
+    metrics, queries, runs = {}, {}, {}
+
+    def finish(task: str) -> None:
+        runs[task] = _search_of(searches, parts, task, max(ndcg_at, recall_at)).run()
+        metrics[task], values = measured(runs[task], tests[task].qrels, ndcg_at, recall_at)
         queries[task] = values[f"ndcg@{ndcg_at}"]
-        at = end
+        del searches[task]
+
+    current = ""
+    for batch in _streamed(stretches, model, num_actors, cpus, use_gpu, batch_tokens, name):
+        if error := batch["error"][0].as_py():
+            raise DataError(error)
+        stretch = stretches[batch["stretch"][0].as_py()]
+        if current and stretch.task != current:
+            finish(current)
+        current, ids = stretch.task, batch["ids"].combine_chunks().flatten()
+        vector_XD = np.frombuffer(batch["vectors"][0].as_buffer(), np.float32).reshape(len(ids), -1)
+        if stretch.kind == "query":
+            parts[current].append((vector_XD, ids))
+        else:
+            _search_of(searches, parts, current, max(ndcg_at, recall_at)).add(vector_XD, ids)
+        done += len(ids)
+        progress(done, total)
+    if current:
+        finish(current)
     return metrics, queries, runs
+
+
+def _search_of(
+    searches: dict[str, ExactSearch], parts: dict[str, list[tuple[np.ndarray, Any]]], task: str, k: int
+) -> ExactSearch:
+    """Return the search of a test, begun when its queries are complete."""
+    if task not in searches:
+        vectors, ids = zip(*parts.pop(task))
+        searches[task] = ExactSearch(np.concatenate(vectors), pa.concat_arrays(ids).to_pylist(), k)
+    return searches[task]
+
+
+def _streamed(
+    stretches: list[Stretch],
+    model: Path,
+    num_actors: int,
+    cpus: float,
+    use_gpu: bool,
+    batch_tokens: int,
+    name: str,
+) -> Iterator[pa.Table]:
+    """Yield the vectors of all stretches, in order; corpora are read by tasks of the cluster, a part at a time."""
+    made_from = {"model": str(model), "batch_tokens": batch_tokens, "use_gpu": use_gpu}
+    if num_actors == 0:
+        yield from _here((block for stretch in stretches for block in stretch.blocks()), made_from)
+        return
+    quiet().target_max_block_size = 1 << 20  # blocks leave a reader before its corpus is read
+    items = [{"stretch": pickle.dumps(stretch)} for stretch in stretches]
+    # Reading takes no CPU of its own: the actors may have them all.
+    blocks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _read, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=READERS)
+    )
+    yield from by_actors(blocks, _Embedder, made_from, num_actors, cpus, use_gpu, name)
+
+
+def _read(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, list[Any]]]:
+    for blob in batch["stretch"]:
+        stretch: Stretch = pickle.loads(blob)
+        for block in stretch.blocks():
+            yield {key: [value] for key, value in block.items()}
 
 
 class _Embedder:
@@ -120,15 +210,16 @@ class _Embedder:
         self.batch_tokens = batch_tokens
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """Return the batch with vectors in place of its texts."""
         vectors = [
-            self.encoder.encode(list(texts), kind, task, self.batch_tokens)
+            self.encoder.encode([str(text) for text in texts], kind, task, self.batch_tokens)
+            if len(texts)
+            else np.zeros((0, self.encoder.dim), np.float32)
             for texts, kind, task in zip(batch["texts"], batch["kind"], batch["task"], strict=True)
         ]
-        return {
-            "at": list(batch["at"]),
-            "dim": [v.shape[1] for v in vectors],
-            "vectors": [v.tobytes() for v in vectors],
-        }
+        kept = {key: [list(v) for v in values] if key == "ids" else list(values) for key, values in batch.items()}
+        del kept["texts"]
+        return {**kept, "dim": [v.shape[1] for v in vectors], "vectors": [v.tobytes() for v in vectors]}
 
 
 def _runs(items: Sequence[tuple[str, Kind, str]]) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tdro_ray.errors import CheckpointError
 from tdro_ray.types import Kind, RetrieverSpec
@@ -27,7 +28,9 @@ def read_spec(folder: Path) -> RetrieverSpec:
     path = Path(folder) / SPEC_FILE
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        return RetrieverSpec(**{**raw, "symmetric_tasks": tuple(raw.get("symmetric_tasks", ()))})
+        lengths = {task: tuple(pair) for task, pair in raw.get("task_lengths", {}).items()}
+        symmetric = tuple(raw.get("symmetric_tasks", ()))
+        return RetrieverSpec(**{**raw, "symmetric_tasks": symmetric, "task_lengths": lengths})
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} is not a tdro model folder: it has no {SPEC_FILE}. Train one, or name it as model.name to import it."
@@ -40,8 +43,6 @@ class TextTokenizer:
     """Token ids of queries and passages as the encoder reads them."""
 
     def __init__(self, folder: str | Path, spec: RetrieverSpec | None = None) -> None:
-        from tokenizers import Tokenizer
-
         folder = Path(folder)
         self.spec = spec or read_spec(folder)
         path = folder / "tokenizer.json"
@@ -49,22 +50,30 @@ class TextTokenizer:
             raise CheckpointError(
                 f"{folder} has no tokenizer.json. Save a fast tokenizer there: AutoTokenizer.from_pretrained(…).save_pretrained({str(folder)!r})."
             )
-        self._by_kind: dict[str, Tokenizer] = {}
-        for kind, length in (("query", self.spec.query_length), ("passage", self.spec.passage_length)):
-            tokenizer = Tokenizer.from_file(str(path))
-            tokenizer.no_padding()
-            tokenizer.enable_truncation(length - self.spec.append_eos)
-            self._by_kind[kind] = tokenizer
+        self._path, self._by_length = path, dict[int, Any]()
+        for length in {self.spec.query_length, self.spec.passage_length}:
+            self._cutting(length)
 
     def encode(self, texts: Sequence[str], kind: Kind, task: str = "") -> list[list[int]]:
-        """Return token ids, at most the kind's length, each ending in EOS (or the tokenizer's own final token)."""
+        """Return token ids, at most the length of kind and task, each ending in EOS (or the tokenizer's own final token)."""
         spec = self.spec
-        length = spec.query_length if kind == "query" else spec.passage_length
+        length = spec.length(kind, task)
         texts = [format_text(text, kind, task, spec)[: length * CHARACTERS_PER_TOKEN] for text in texts]
-        encodings = self._by_kind[kind].encode_batch_fast(texts)
+        encodings = self._cutting(length).encode_batch_fast(texts)
         if spec.append_eos:
             return [[*e.ids, spec.eos_token_id] for e in encodings]
         return [e.ids for e in encodings]
+
+    def _cutting(self, length: int) -> Any:
+        """Return the tokenizer that cuts at this length, the EOS that is put on aside; one is kept for each length."""
+        from tokenizers import Tokenizer
+
+        if length not in self._by_length:
+            tokenizer = Tokenizer.from_file(str(self._path))
+            tokenizer.no_padding()
+            tokenizer.enable_truncation(length - self.spec.append_eos)
+            self._by_length[length] = tokenizer
+        return self._by_length[length]
 
 
 def format_text(text: str, kind: Kind, task: str, spec: RetrieverSpec) -> str:

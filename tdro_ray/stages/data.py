@@ -6,9 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tdro_ray.config import mining_seed, mining_settings, store_folder
+from tdro_ray.config import Recipe, least_workers, mining_seed, mining_settings, store_folder
 from tdro_ray.data.collection import Collection, CollectionStore
-from tdro_ray.errors import ConfigError
+from tdro_ray.data.layouts import judged_files, test_split
+from tdro_ray.data.place import Place, place, stamp
+from tdro_ray.errors import ConfigError, DataError
 from tdro_ray.pipeline import Progress, Run, Stage, fresh_folder, key_of, write_json
 
 
@@ -58,12 +60,11 @@ def ingest(run: Run) -> dict[str, Any]:
 def clean(run: Run) -> dict[str, Any]:
     """Rows that repeat test queries or other rows leave the training rows; the audit of what stays."""
     recipe, names, store = run.recipe, task_names(run), store_folder(run.recipe)
-    settings, extra = recipe.data.clean, [Path(folder) for folder in recipe.evaluate.extra_tests]
+    settings, extra = recipe.data.clean, extra_tests(recipe)
     model = recipe.model.name if Path(recipe.model.name).is_dir() else ""
     rows = {c.name: c.manifest.ingested_hash for c in collections(run)}
     tests = {c.name: c.manifest.tests_hash for c in CollectionStore(store).collections()}
-    stamps = [[str(p), p.stat().st_mtime_ns] for f in extra for p in sorted(f.rglob("*")) if p.is_file()]
-    key = key_of("clean", rows, tests, stamps, settings.model_dump(mode="json"), model)
+    key = key_of("clean", rows, tests, test_stamps(extra), settings.model_dump(mode="json"), model)
     out = run.path("clean")
 
     def work(progress: Progress) -> tuple[str, dict[str, Any]]:
@@ -87,6 +88,20 @@ def clean(run: Run) -> dict[str, Any]:
     if any(c.manifest.clean.get("key") != key for c in collections(run)):  # ingested again since
         (out / "manifest.json").unlink(missing_ok=True)
     return run.do(Stage("clean", key, (out / "clean.json", out / "audit.json"), work))
+
+
+def extra_tests(recipe: Recipe) -> list[Place]:
+    """Folders of `evaluate.extra_tests`, by path or URL. Raises DataError for one that is not there."""
+    folders = [place(folder) for folder in recipe.evaluate.extra_tests]
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"evaluate.extra_tests: no folder {folder}.")
+    return folders
+
+
+def test_stamps(folders: list[Place]) -> list[Any]:
+    """What differs when a file of these tests was written again."""
+    return [stamp(file) for folder in folders for file in judged_files(folder, test_split(folder) or "test")]
 
 
 def task_names(run: Run) -> list[str]:
@@ -125,9 +140,8 @@ def mine(run: Run) -> dict[str, Any]:
         total = sum(rows.values())
         mined = sum(found[n].get("mean_mined", 0) * rows[n] for n in names) / total
         given = sum(found[n].get("mean_given", 0) * rows[n] for n in names) / total
-        return f"{mined + given:.1f} hard negatives a row ({given:.1f} given, {mined:.1f} by {recipe.mine.method})", {
-            "tasks": found
-        }
+        how = f"{recipe.mine.method}, rescored" if recipe.mine.rescore else recipe.mine.method
+        return f"{mined + given:.1f} hard negatives a row ({given:.1f} given, {mined:.1f} by {how})", {"tasks": found}
 
     if not all(c.manifest.negatives for c in collections(run)):  # ingested again since: the manifest tells no truth
         (run.path("mine") / "manifest.json").unlink(missing_ok=True)
@@ -147,7 +161,7 @@ def _encode(run: Run, progress: Progress) -> Any:
             progress.update(f"{items[0][2]}: {done:,} of {total:,} texts", done / total)
 
         return encode_texts(
-            model, items, scale.num_workers, scale.cpus_per_worker, scale.use_gpu, budget, "mine:encode", show
+            model, items, least_workers(scale), scale.cpus_per_worker, scale.use_gpu, budget, "mine:encode", show
         )
 
     return encode

@@ -9,22 +9,20 @@ from typing import Any
 
 from tdro_ray.config import least_workers
 from tdro_ray.data.collection import Collection
+from tdro_ray.data.dedup import passage_key
 from tdro_ray.errors import ConfigError, DataError
 from tdro_ray.pipeline import Progress, Run, Stage, key_of, write_json
-from tdro_ray.stages.data import collections
+from tdro_ray.stages.data import collections, extra_tests, test_stamps
 from tdro_ray.stages.weights import model_folders
 from tdro_ray.types import RetrievalTest
 
 
 def tests_of(run: Run) -> dict[str, RetrievalTest]:
     """Held-out tests of the run's tasks and of `evaluate.extra_tests`."""
-    from tdro_ray.data.collection import read_beir
+    from tdro_ray.data.layouts import open_test
 
     tests = {c.name: test for c in collections(run) if (test := c.test())}
-    for folder in run.recipe.evaluate.extra_tests:
-        if not Path(folder).is_dir():
-            raise DataError(f"evaluate.extra_tests: no folder {folder}.")
-        tests[Path(folder).name] = read_beir(Path(folder))
+    tests |= {folder.name: open_test(folder) for folder in extra_tests(run.recipe)}
     if not tests:
         raise DataError(
             "No task has a test split. Put corpus.jsonl, queries.jsonl and qrels/test.tsv into a task folder, or set evaluate.extra_tests."
@@ -40,7 +38,9 @@ def evaluate(run: Run) -> dict[str, Any]:
         raise ConfigError(
             f"No trained model to evaluate. Run `tdro reference {recipe.name}` or `tdro run {recipe.name}` first."
         )
-    data = {c.name: c.manifest.source_key for c in collections(run)}
+    data: dict[str, Any] = {c.name: c.manifest.source_key for c in collections(run)}
+    if recipe.evaluate.extra_tests:
+        data |= {"": test_stamps(extra_tests(recipe))}
     keys = {name: key_of("evaluate", settings.model_dump(mode="json"), key, data) for name, (key, _) in models.items()}
     outputs = tuple(run.folder / "eval" / f"{name}.json" for name in models)
     before = run.manifest("evaluate").get("summary", {}).get("keys", {})
@@ -139,13 +139,14 @@ def _documents(tasks: list[Collection]) -> Iterator[tuple[str, str, str, dict[st
 
     A docid that a task uses for several texts gets `#2`, `#3`, … after the first.
     """
-    seen: set[tuple[str, str]] = set()
+    seen: set[bytes] = set()  # keys: texts would be the whole corpus
     for task in tasks:
         used: dict[str, int] = {}
         for docid, title, text in _passages_of(task):
-            if not text.strip() or (title, text) in seen:
+            key = passage_key(title, text)
+            if not text.strip() or key in seen:
                 continue
-            seen.add((title, text))
+            seen.add(key)
             used[docid] = used.get(docid, 0) + 1
             suffix = f"#{used[docid]}" if used[docid] > 1 else ""
             yield f"{task.name}/{docid}{suffix}", title, text, {"task": task.name}

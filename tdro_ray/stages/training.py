@@ -31,6 +31,11 @@ def retriever_spec(run: Run) -> RetrieverSpec:
         passage_length=model.passage_length,
         task_prompts=prompts,
         symmetric_tasks=tuple(name for name in prompts if infos[name].symmetric),
+        task_lengths={
+            name: info.lengths(model.query_length, model.passage_length)
+            for name, info in infos.items()
+            if info.query_length or info.passage_length
+        },
     )
 
 
@@ -41,9 +46,10 @@ def base_folder(run: Run) -> Path:
 def model_key(run: Run) -> str:
     recipe = run.recipe
     tokenizer_data = data_key(run) if recipe.model.name == "tiny" else ""
-    return key_of(
-        "model", recipe.model.model_dump(mode="json"), asdict(retriever_spec(run)), tokenizer_data, recipe.seed
-    )
+    spec = asdict(retriever_spec(run))
+    if not spec["task_lengths"]:  # a model made before tasks had lengths stays up to date
+        del spec["task_lengths"]
+    return key_of("model", recipe.model.model_dump(mode="json"), spec, tokenizer_data, recipe.seed)
 
 
 def model(run: Run) -> dict[str, Any]:

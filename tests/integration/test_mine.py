@@ -7,15 +7,23 @@ from zlib import crc32
 
 import numpy as np
 import pytest
+from crossencoder import tiny_cross_encoder
 from tiny import make_collections, tdro, write_recipe
 
-from tdro_ray.config import Recipe
+from tdro_ray.config import ModelSettings, Recipe, ScaleSettings, TinyModel
 from tdro_ray.data import mine as mine_module
+from tdro_ray.data.collate import BatchRecipe, Collator, versions_of
 from tdro_ray.data.collection import Collection, CollectionStore
 from tdro_ray.data.dedup import text_key
 from tdro_ray.data.ingest import ingest
 from tdro_ray.data.mine import mine
-from tdro_ray.errors import DataError
+from tdro_ray.data.plan import Plan
+from tdro_ray.errors import CheckpointError, DataError
+from tdro_ray.model.build import build_base
+from tdro_ray.model.cross_encoder import CrossEncoder
+from tdro_ray.types import RetrieverSpec
+
+TINY = TinyModel(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24, vocab_size=300)
 
 TOPICS = [
     "red",
@@ -184,6 +192,56 @@ def test_an_encoder_mines_within_the_margins(source: Path, tmp_path: Path) -> No
     assert found["margin_percentiles"][0] > 0 and found["examples"][0]["negative"] in texts
     again = mine(asked, store, names, encode=words_as_vectors)
     assert again["task"] == report["task"], "up to date"
+
+
+@pytest.mark.parametrize("method", ["bm25", "encoder"])
+def test_a_cross_encoder_rescores(source: Path, tmp_path: Path, method: str) -> None:
+    store, workers = tmp_path / "store", {"num_workers": 0 if method == "encoder" else 1, "cpus_per_worker": 1}
+    cross = tiny_cross_encoder(tmp_path / "cross", [*TOPICS, "about", "number", "text"])
+    names = ["task"]
+    ingest(recipe(source), store)
+    encoder = {"method": "encoder", "model": "made up"} if method == "encoder" else {}
+    settings = {"last_rank": 8, "margin_relative": None, "margin_absolute": 0.1, "rescore": {"model": str(cross)}}
+    asked = recipe(source, **settings, **encoder).model_copy(update={"scale": ScaleSettings(**workers)})
+    encode = words_as_vectors if method == "encoder" else None
+    report = mine(asked, store, names, encode=encode)["task"]
+    collection = CollectionStore(store)["task"]
+    rows = collection.take_rows(range(0, len(collection), 25)).to_pylist()
+    texts = collection.take_texts(range(collection.manifest.passages))
+    model = CrossEncoder.load(cross, 512)
+    mined = 0
+    for row in rows:
+        passages = [*row["positives"], *row["negatives"]]
+        score_X = model.score([row["query"]] * len(passages), [texts[p] for p in passages])
+        for at, (known, score) in enumerate(zip(row["rescored"], score_X, strict=True)):
+            if known is None:
+                continue  # a random one
+            assert known == pytest.approx(float(score), abs=1e-4)
+            if at >= len(row["positives"]) and passages[at] not in row["given_negatives"]:
+                mined += 1
+                assert known <= min(row["rescored"][: len(row["positives"])]) - 0.1
+    assert mined > 10 and 0 < report["share_filtered"] < 1 and report["margin_percentiles"][0] >= 0.1
+    assert mine(asked, store, names, encode=encode)["task"] == report, "up to date"
+
+    base = tmp_path / "base"
+    build_base(ModelSettings(tiny=TINY), RetrieverSpec(query_length=8, passage_length=8), iter(TOPICS), base, 0)
+    plan = Plan([len(collection)], None, 2, 8, 0)
+    made = BatchRecipe(store, ("task",), versions_of([collection]), base, plan, 2, teacher=True)
+    batch = Collator(made).batch(1, 0, 1)
+    for row, keys, teacher in zip(batch.row_B.tolist(), batch.passage_key_BP.tolist(), batch.teacher_BP):
+        (record,) = collection.take_rows([row]).to_pylist()
+        known = dict(zip([*record["positives"], *record["negatives"]], record["rescored"], strict=True))
+        assert np.allclose([np.nan if known[k] is None else known[k] for k in keys], teacher, equal_nan=True)
+    assert np.isfinite(batch.teacher_BP[:, 0]).all()
+
+    assert mine(recipe(source), store, names)["task"]["method"] == "bm25"
+    assert "rescored" not in CollectionStore(store)["task"].rows.schema.names, "another mining leaves none behind"
+
+
+def test_a_cross_encoder_that_is_none_is_one_message(source: Path, tmp_path: Path) -> None:
+    ingest(recipe(source), tmp_path / "store")
+    with pytest.raises(CheckpointError, match=r"Cross-encoder 'no/such' cannot be loaded"):
+        mine(recipe(source, rescore={"model": "no/such"}), tmp_path / "store", ["tiny"])
 
 
 @pytest.mark.long

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from s3 import s3_service
 from safetensors.torch import load_file
 from tiny import make_collections, tdro, write_recipe
 
@@ -16,24 +17,9 @@ BUCKET = "runs"
 
 
 @pytest.fixture
-def s3(monkeypatch):
-    """An S3 service in this process, with a bucket; the environment of whoever uses it."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": host, "no_proxy": host,
-    }  # fmt: skip
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"])
-    client.create_bucket(Bucket=BUCKET)
-    yield client
-    server.stop()
+def s3():
+    with s3_service(BUCKET) as client:
+        yield client
 
 
 def keys(client):

@@ -33,6 +33,21 @@ def test_search_equals_a_naive_one_in_any_block_size(monkeypatch: pytest.MonkeyP
     }
 
 
+@pytest.mark.parametrize("block", [1, 7, 100, 1 << 16])
+def test_a_corpus_in_parts_gives_the_hits_of_the_whole(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    rng = np.random.default_rng(1)
+    queries, corpus = unit_vectors(rng, 9), unit_vectors(rng, 250)
+    query_ids, corpus_ids = [f"d{i}" for i in range(9)], [f"d{i}" for i in range(250)]
+    whole = search(queries, query_ids, corpus, corpus_ids, 12)
+    monkeypatch.setattr(benchmark, "BLOCK_DOCUMENTS", block)
+    found = benchmark.ExactSearch(queries, query_ids, 12)
+    for start in range(0, 250, 13):
+        found.add(corpus[start : start + 13], corpus_ids[start : start + 13])
+    for query, hits in found.run().items():
+        assert list(hits.values()) == pytest.approx(list(whole[query].values()), abs=1e-6)
+        assert query not in hits and len(hits) == 12
+
+
 def test_a_query_is_never_its_own_hit_and_loses_no_other() -> None:
     corpus = np.eye(4, dtype=np.float32)
     run = search(corpus[:2], ["a", "x"], corpus, ["a", "b", "c", "d"], 3)

@@ -14,8 +14,9 @@ from tdro_ray.config import TrainSettings
 from tdro_ray.data.collate import BatchRecipe, Collator, versions_of
 from tdro_ray.data.collection import CollectionStore
 from tdro_ray.data.formats import Reject, read
+from tdro_ray.data.parsed import parsed_table
 from tdro_ray.data.plan import Plan
-from tdro_ray.data.writer import TaskWriter, WriteSettings, parsed_table
+from tdro_ray.data.writer import TaskWriter, WriteSettings
 from tdro_ray.train.backends import Replicated
 from tdro_ray.train.comm import sum_
 from tdro_ray.train.step import contrastive_step

@@ -7,6 +7,7 @@ import gzip
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_export import make_model
@@ -15,7 +16,7 @@ from tdro_ray.__main__ import main
 from tdro_ray.config import LoraSettings, ModelSettings, TinyModel, TrainSettings
 from tdro_ray.data.count import count_rows
 from tdro_ray.data.sources import discover
-from tdro_ray.dryrun import estimate_flops
+from tdro_ray.dryrun import estimate_flops, task_rows
 from tdro_ray.errors import CheckpointError
 from tdro_ray.model.shapes import ModelShapes, model_shapes
 from tdro_ray.recipe import load_recipe, recipe_names
@@ -59,7 +60,19 @@ def test_rows_of_sources_are_counted(dry, tmp_path: Path) -> None:
     table = {line.split()[0]: line.split() for line in shown.splitlines() if line}
     assert table["a"] == ["a", "30", "40", "20"] and table["b"] == ["b", "50", "40", "20"]
     assert table["reference"][:5] == ["reference", "to", "do", "10", "80"]
+    assert "rows (before ingest)" in shown
     assert "an assumed 30 GFLOP/s per worker" in shown and "≤: texts are not ingested yet" in shown
+
+
+def test_rows_are_those_after_cleaning_where_it_has_run() -> None:
+    manifests = {
+        "ingest": {"summary": {"tasks": {"b": {"rows": 50}, "a": {"rows": 30}}}},
+        "clean": {"summary": {"tasks": {"a": {"rows": 28, "dropped": 2}, "b": {"rows": 50, "dropped": 0}}}},
+    }
+    run = SimpleNamespace(current={"ingest": True, "clean": False}, manifest=manifests.__getitem__)
+    assert task_rows(run) == ({"a": 30, "b": 50}, "before cleaning")
+    run.current["clean"] = True
+    assert task_rows(run) == ({"a": 28, "b": 50}, "")
 
 
 def test_the_time_follows_an_earlier_run(dry, tmp_path: Path) -> None:

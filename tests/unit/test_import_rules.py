@@ -42,6 +42,7 @@ RAY = {
     "tdro_ray/data/ingest.py",
     "tdro_ray/data/mine.py",
     "tdro_ray/data/ray_data.py",
+    "tdro_ray/data/rescore.py",
     "tdro_ray/data/score.py",
     "tdro_ray/data/stream.py",
     "tdro_ray/evaluate/encode.py",
