@@ -150,7 +150,7 @@ class Engine:
         folder = versions.current(self.index_folder)
         if folder.name == self.index.version:
             return False
-        index = RetrievalIndex(folder)
+        index = RetrievalIndex.open(self.index_folder)
         self._check_fits(index)
         self.index = index
         log.info("Serving index version %s (%d documents)", index.version, len(index))
