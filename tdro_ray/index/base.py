@@ -7,7 +7,7 @@ A new version is opened beside it and takes its place.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,26 @@ class RetrievalIndex:
         if len(allowed) <= EXACT_ROWS:
             return faiss_index.search_exact(unit, self.store.vectors(allowed), allowed, k)
         return faiss_index.search(self.faiss, unit, k, allowed)
+
+    def adopt(self, embed: Callable[[list[dict[str, Any]]], np.ndarray]) -> int:
+        """Write documents that came in under another model again, with this one's vectors; return how many.
+
+        They are what a server wrote while the index was being built anew with this model. `embed` gives unit vectors,
+        float32 (n, D), of records with title, text and metadata.
+        """
+        assert self.log is not None, "a version opened by itself has no log"
+        waiting = list(self.overlay.foreign.values())
+        vectors = embed(waiting)
+        with self.log.locked():
+            view = self.overlay.view()
+            rows = [
+                Change("upsert", c["id"], c["title"], c["text"], c["metadata"], vector)
+                for c, vector in zip(waiting, vectors, strict=True)
+                if self.overlay.foreign.get(c["id"]) == c  # neither changed nor taken on by another replica meanwhile
+            ]
+            if rows:
+                self.log.append(rows, view.seq + 1, self.model_hash)
+        return len(rows)
 
     @contextlib.contextmanager
     def _while_it_is_kept(self) -> Iterator[None]:

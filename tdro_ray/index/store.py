@@ -165,19 +165,25 @@ def _document_batches(documents: Iterable[Document], fields: _Fields) -> Iterato
         if id in ids:
             raise DataError(f"{where}: the id occurs twice; ids must be unique, e.g. put the task's name in front.")
         ids.add(id)
-        record = {"row": number, "id": id, "title": title or "", "text": text, "metadata": _dump(metadata, where)}
-        for key in ("id", "title", "text"):
-            if not isinstance(record[key], str):
-                raise DataError(f"{where}: {key} must be a string, got {record[key]!r:.80}.")
-            if not filters.is_unicode(record[key]):
-                raise DataError(f"{where}: {key} holds a lone surrogate, which no UTF-8 text can; clean the source.")
+        record = checked(id, title, text, metadata, where)
         fields.see(metadata)
-        pending.append(record)
+        pending.append({"row": number, **record})
         if len(pending) == BATCH_ROWS:
             yield pa.RecordBatch.from_pylist(pending, SCHEMA)
             pending = []
     if pending:
         yield pa.RecordBatch.from_pylist(pending, SCHEMA)
+
+
+def checked(id: str, title: str, text: str, metadata: dict[str, Any], where: str) -> dict[str, str]:
+    """Return a document as stored, its metadata as JSON. Raises DataError that begins with `where`."""
+    record = {"id": id, "title": title or "", "text": text, "metadata": _dump(metadata, where)}
+    for key in ("id", "title", "text"):
+        if not isinstance(record[key], str):
+            raise DataError(f"{where}: {key} must be a string, got {record[key]!r:.80}.")
+        if not filters.is_unicode(record[key]):
+            raise DataError(f"{where}: {key} holds a lone surrogate, which no UTF-8 text can; clean the source.")
+    return record
 
 
 def _dump(metadata: dict[str, Any], where: str) -> str:

@@ -40,17 +40,19 @@ def names(out_folder: str | Path) -> list[str]:
 
 def current(out_folder: str | Path) -> Path:
     """Return the folder of the current version. Raises DataError where no index is complete."""
-    out_folder = Path(out_folder)
-    try:
-        name = (out_folder / "current").read_text(encoding="utf-8").strip()
-    except OSError as err:
-        raise DataError(f"{out_folder} holds no complete index. Build one with `tdro index`.") from err
-    folder = out_folder / "versions" / name
-    if name not in names(out_folder):
-        raise DataError(
-            f"{out_folder / 'current'} names version {name!r:.40}; complete are: {', '.join(names(out_folder)) or 'none'}."
-        )
-    return folder
+    out_folder, before = Path(out_folder), ""
+    while True:
+        try:
+            name = (out_folder / "current").read_text(encoding="utf-8").strip()
+        except OSError as err:
+            raise DataError(f"{out_folder} holds no complete index. Build one with `tdro index`.") from err
+        folder = out_folder / "versions" / name
+        if name.isdigit() and (folder / "manifest.json").is_file():
+            return folder
+        if name == before:
+            complete = ", ".join(names(out_folder)) or "none"
+            raise DataError(f"{out_folder / 'current'} names version {name!r:.40}; complete are: {complete}.")
+        before = name  # it may have been replaced and removed since it was read
 
 
 def manifest(version_folder: Path) -> dict[str, Any]:
