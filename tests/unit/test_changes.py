@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live_index import contents, delete, document, expected, make_index, make_version, upsert, vector_of, write
 
+from tdro_ray.__main__ import main
 from tdro_ray.errors import ConfigError, DataError
 from tdro_ray.index import base, filters, snapshots, store, versions
 from tdro_ray.index.base import ChangesFullError, RetrievalIndex
@@ -414,3 +416,30 @@ def test_names_of_snapshots_are_checked(name: str, tmp_path: Path) -> None:
         snapshots.snapshot(tmp_path, name)
     with pytest.raises(ConfigError, match="there are: none"):
         snapshots.restore(tmp_path, name)
+
+
+def test_commands_list_merge_select_snapshot_and_restore(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def tdro(*arguments: str) -> tuple[int, str]:
+        code = main([arguments[0], str(tmp_path), *arguments[1:]])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    code, said = tdro("versions")
+    assert code == 2 and "holds no complete index" in said
+    index = make_index(tmp_path, 5)
+    write(index, upsert(10), delete("d0"))
+    code, said = tdro("versions")
+    assert code == 0 and re.search(r"^1 \(current\) +5 +Flat +1\.000 +2 +20", said, re.MULTILINE)
+    assert tdro("versions", "--snapshot", "spring")[0] == 0
+    code, said = tdro("merge")
+    assert code == 0 and said.startswith("Version 2: 5 documents, recall@10 1.0")
+    assert tdro("merge") == (0, "Version 2 has merged all changes.\n")
+    code, said = tdro("versions", "--select", "1")
+    assert code == 0 and re.search(r"^1 \(current\) .*\n2 +5 .*\nspring \(snapshot\) +5 ", said, re.MULTILINE)
+    write(RetrievalIndex.open(tmp_path), delete("d10"))
+    code, said = tdro("versions", "--restore", "spring")
+    assert code == 0 and "no longer searched" in said and re.search(r"^3 \(current\) +5 ", said, re.MULTILINE)
+    assert contents(RetrievalIndex.open(tmp_path)) == expected({f"d{n}": n for n in (1, 2, 3, 4, 10)})
+    for option, value in (("--select", "9"), ("--snapshot", "spring"), ("--restore", "autumn")):
+        code, said = tdro("versions", option, value)
+        assert code == 2 and said.startswith("tdro: ") and value in said
