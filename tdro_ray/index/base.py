@@ -117,7 +117,9 @@ class RetrievalIndex:
             return faiss_index.search_without(self.faiss, unit, min(k, len(self.store)), view.hidden)
         allowed = self.store.where(filter)
         if len(view.hidden):
-            allowed = np.setdiff1d(allowed, view.hidden, assume_unique=True)
+            at = np.searchsorted(allowed, view.hidden)
+            at = at[at < len(allowed)]
+            allowed = np.delete(allowed, at[np.isin(allowed[at], view.hidden)])
         k = min(k, len(self.store))
         if len(allowed) <= EXACT_ROWS:
             return faiss_index.search_exact(unit, self.store.vectors(allowed), allowed, k)

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tdro_ray.errors import DataError
 from tdro_ray.index.versions import flush, sync
@@ -83,13 +84,12 @@ class ChangeLog:
         import lance
         from lance.fragment import write_fragments
 
-        table = _table(changes, first_seq, model)
-        if not self.path.exists():
+        table, dataset = _table(changes, first_seq, model), _open(self.path)
+        if dataset is None:
             lance.write_dataset(table, str(self.path), mode="create")
             flush(self.path)
             sync(self.out_folder)
             return
-        dataset = lance.dataset(str(self.path))
         written = write_fragments(table, dataset, mode="append")
         _flush_files(self.path / "data", [file.path for fragment in written for file in fragment.files])
         dataset = lance.LanceDataset.commit(dataset, lance.LanceOperation.Append(written), read_version=dataset.version)
@@ -99,22 +99,18 @@ class ChangeLog:
 
     def prune(self, upto: int) -> None:
         """Remove the changes up to seq `upto`, which every kept version must have merged; the last one always stays."""
-        import lance
-
-        if not self.path.exists():
-            return
         with self.locked():
-            dataset = lance.dataset(str(self.path))
-            last = max(dataset.to_table(columns=["seq"])["seq"].to_pylist(), default=0)
+            dataset = _open(self.path)
+            if dataset is None:
+                return
+            last = max(dataset.to_table(columns=["seq"])["seq"].to_pylist())
             if dataset.delete(f"seq <= {upto} AND seq < {last}")["num_deleted_rows"]:
-                self._tidy(lance.dataset(str(self.path)))
+                self._tidy(_open(self.path))
 
     def last_seq(self) -> int:
         """The number of the last change, 0 where there has been none."""
-        import lance
-
-        found = lance.dataset(str(self.path)).to_table(columns=["seq"])["seq"].to_pylist() if self.path.exists() else []
-        return max(found, default=0)
+        dataset = _open(self.path)
+        return max(dataset.to_table(columns=["seq"])["seq"].to_pylist()) if dataset else 0
 
     def follow(self, seq: int) -> Tail:
         """Return a reader of the changes after `seq`."""
@@ -158,11 +154,11 @@ class Tail:
         return table
 
     def _read(self) -> pa.Table:
-        import lance
-
         for attempt in range(READ_TRIES):
             try:
-                dataset = lance.dataset(str(self.path))
+                dataset = _open(self.path)
+                if dataset is None:
+                    return SCHEMA.empty_table()
                 fresh = [f for f in dataset.get_fragments() if f.fragment_id > self._fragment]
                 table = dataset.scanner(fragments=fresh).to_table() if fresh else SCHEMA.empty_table()
                 break
@@ -171,8 +167,19 @@ class Tail:
                     raise
         self._fragment = max((f.fragment_id for f in fresh), default=self._fragment)
         self._next = self._folder / _manifest_name(dataset.version + 1)
-        table = table.filter(pa.compute.field("seq") > self.seq)
-        return table.sort_by("seq")
+        return table.filter(pc.field("seq") > self.seq).sort_by("seq")
+
+
+def _open(path: Path) -> Any:
+    """Return the log as a dataset, None before the first commit: a writer killed in it leaves a folder without manifest."""
+    import lance
+
+    try:
+        return lance.dataset(str(path))
+    except ValueError:
+        if any(path.glob("_versions/*.manifest")):
+            raise
+        return None
 
 
 def _table(changes: Sequence[Change], first_seq: int, model: str) -> pa.Table:

@@ -148,7 +148,8 @@ def search_without(index: Any, vectors: np.ndarray, k: int, hidden: np.ndarray) 
     fetch = min(2 * k + 16, most)
     while True:
         scores, rows = index.search(vectors, fetch)
-        good = (rows >= 0) & ~np.isin(rows, hidden)
+        nearest = hidden[np.minimum(np.searchsorted(hidden, rows), len(hidden) - 1)]
+        good = (rows >= 0) & (nearest != rows)
         if fetch == most or ((good.sum(axis=1) >= k) | (rows[:, -1] < 0)).all():
             break
         fetch = min(4 * fetch, most)

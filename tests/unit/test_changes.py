@@ -189,6 +189,23 @@ def test_a_followed_log_gives_every_change_once_and_in_order(tmp_path: Path) -> 
     assert log.last_seq() == 300 and log.follow(290).news()["id"].to_pylist() == [f"d{n}" for n in range(290, 300)]
 
 
+def test_a_writer_killed_in_its_very_first_commit_leaves_no_obstacle(tmp_path: Path) -> None:
+    index = make_index(tmp_path, 3)
+    for folder in ("data", "_versions", "_transactions"):
+        (tmp_path / "changes.lance" / folder).mkdir(parents=True)
+    (tmp_path / "changes.lance" / "data" / "half.lance").write_bytes(b"half")
+    assert len(index) == 3 and index.log.last_seq() == 0
+    assert write(index, upsert(10)) == 1 and len(index) == 4 and len(RetrievalIndex.open(tmp_path)) == 4
+
+
+def test_many_ids_are_found_as_few_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = make_index(tmp_path, 20)
+    ids = ["d3", "nothing", "d19", "o'brien"]
+    assert index.store.find(ids) == {"d3": 3, "d19": 19}
+    monkeypatch.setattr(store, "MAX_LOOKUPS", 1)
+    assert index.store.find(ids) == {"d3": 3, "d19": 19}
+
+
 def test_two_processes_number_their_changes_without_a_gap(tmp_path: Path) -> None:
     make_index(tmp_path, 3)
     code = (
