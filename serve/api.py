@@ -1,6 +1,7 @@
 """The HTTP routes over an `Engine`. Knows HTTP and the engine; knows neither Ray nor how vectors are made.
 
 POST /embed  POST /search  GET /search?q=&k=  POST /v1/embeddings   need a key where keys are set
+POST /documents  DELETE /documents/{id}                             need a key where keys are set
 GET /info  GET /metrics                                             need a key where keys are set
 GET /health  GET /ready  GET /  GET /docs  GET /openapi.json        open
 """
@@ -18,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import pydantic_core
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
@@ -41,9 +42,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         422: "A value is not valid.",
         429: "Too many requests are waiting; try again after `Retry-After` seconds.",
         500: "A defect of the server.",
-        503: "Not ready, or shutting down.",
+        503: "Not ready, or shutting down, or too many changes wait for a merge.",
         504: "The answer took too long.",
     }.items()
+}
+
+
+READ_ONLY: dict[int | str, dict[str, Any]] = {
+    403: {"model": schemas.ErrorResponse, "description": "This server takes no changes."}
 }
 
 
@@ -78,6 +84,7 @@ def create_app(
     )
     app.state.metrics, app.state.timeout_s = metrics, limits.timeout_s
     _add_model_routes(app)
+    _add_document_routes(app)
     _add_operation_routes(app)
     _add_error_handlers(app)
     app.add_middleware(Guard, key_digests=key_digests, max_body_bytes=limits.max_body_bytes)
@@ -133,6 +140,26 @@ def _add_model_routes(app: FastAPI) -> None:
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return _json({"object": "list", "data": data, "model": body.model or engine.name, "usage": usage})
+
+
+def _add_document_routes(app: FastAPI) -> None:
+    @app.post("/documents", response_model=schemas.DocumentsResponse, tags=["documents"], responses=READ_ONLY)
+    async def upsert(body: schemas.DocumentsRequest, request: Request) -> Response:
+        """Add documents, or replace those of the same id: all of them or, where one is not valid, none.
+
+        With the answer they are on the disk, and every search that begins from then on sees them, on every replica.
+        """
+        written, version = await _in_time(request, _engine(request).writer.upsert(body.documents))
+        return _json({"upserted": written.count, "seq": written.seq, "index_version": version})
+
+    # Ids may hold slashes: the rest of the path is the id.
+    @app.delete("/documents/{id:path}", response_model=schemas.DeleteResponse, tags=["documents"], responses=READ_ONLY)
+    async def delete(
+        id: Annotated[str, Path(description="URL-encoded; slashes may stay")], request: Request
+    ) -> Response:
+        """Delete a document. `deleted` is false where there was none of this id."""
+        written, version = await _in_time(request, _engine(request).writer.delete(id))
+        return _json({"deleted": written.count > 0, "seq": written.seq, "index_version": version})
 
 
 def _add_operation_routes(app: FastAPI) -> None:

@@ -9,6 +9,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ class Args(Body):
     num_cpus: float = Field(0.5, ge=0)  # per replica; half a CPU lets two of them, or a stage beside it, fit two cores
     num_gpus: float = Field(0.0, ge=0)  # per replica
     threads: int = Field(0, ge=0)  # of torch and FAISS per replica; 0 keeps what Ray sets (OMP_NUM_THREADS)
+    merge_cpus: float = Field(
+        0.0, ge=0
+    )  # of the Ray task that merges changes, also its threads; 0 waits for none, and has one
     key_digests: tuple[str, ...] = ()  # SHA-256 of API keys, beside those in the replicas' environment
     limits: Limits = Limits()
 
@@ -50,14 +54,15 @@ class Retriever:
         if listening is not None:
             check_binding(listening[0], self.key_digests)
         _set_threads(self.args.threads)
-        self.engine = Engine.open(self.args.model, self.args.index, self.args.device, self.args.limits)
+        merger = partial(_merge_in_task, num_cpus=self.args.merge_cpus)
+        self.engine = Engine.open(self.args.model, self.args.index, self.args.device, self.args.limits, merger=merger)
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(self.engine, self.key_digests)
 
     def check_health(self) -> None:
         """Ray replaces the replica when this raises."""
-        if not (self.engine.embedder.alive and self.engine.searcher.alive):
+        if not (self.engine.embedder.alive and self.engine.searcher.alive and self.engine.writer.batcher.alive):
             raise RuntimeError("A worker thread of the engine has ended.")
 
 
@@ -237,6 +242,18 @@ def _reachable(host: str) -> str:
     """The address under which a client on this machine reaches a server on `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
+
+
+def _merge_in_task(folder: Path, num_cpus: float) -> dict[str, Any] | None:
+    """Merge an index folder's changes in a Ray task, away from the replica that answers; errors are the merge's own."""
+    import ray
+
+    from tdro_ray.index.merge import merge
+
+    try:
+        return ray.get(ray.remote(merge).options(num_cpus=num_cpus, max_retries=0, name="tdro-merge").remote(folder))
+    except ray.exceptions.RayTaskError as err:
+        raise (err.cause if isinstance(err.cause, Exception) else err) from None
 
 
 def _set_threads(threads: int) -> None:

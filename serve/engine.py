@@ -2,6 +2,7 @@
 
     texts -> tokeniser threads -> token ids -> batcher (token budget, over all requests) -> vectors
     vectors -> batcher (same k and filter) -> index -> hits
+    documents -> see `writer`
 
 Errors are `RequestError`s, so that each carries its status; the routes only pass them on.
 """
@@ -12,25 +13,31 @@ import asyncio
 import contextlib
 import json
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from serve.batching import Batcher, Closed, Overloaded
 from serve.guard import RequestError
 from serve.schemas import Limits
+from serve.writer import Merger, Writer
 from tdro_ray.errors import ConfigError, DataError, TdroError, nearest
 from tdro_ray.index import versions
 from tdro_ray.index.base import Hit, RetrievalIndex, unit_rows
+from tdro_ray.index.changes import StaleError
 from tdro_ray.index.filters import FilterError, is_unicode
 
 SEARCH_BATCH = 64  # vectors per FAISS call
 TOKENIZER_THREADS = 2
+STALE_TRIES = 5  # newer versions opened for one request; each of them was removed within milliseconds before
 FRESH_S = 10.0  # a forward this recent shows that the model works
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +54,7 @@ class Engine:
         model_hash: str = "",
         limits: Limits | None = None,
         index_folder: Path | None = None,
+        merger: Merger | None = None,
     ) -> None:
         self.encoder, self.index, self.name, self.model_hash = encoder, index, name, model_hash
         self.limits, self.index_folder = limits or Limits(), index_folder
@@ -58,6 +66,8 @@ class Engine:
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenize")
         self.embedder = Batcher(self._forward, self.limits.batch_tokens, self.limits.max_waiting, "embed")
         self.searcher = Batcher(self._find, SEARCH_BATCH, self.limits.max_waiting, "search")
+        self._refreshing = threading.Lock()
+        self.writer = Writer(self, merger)
 
     @classmethod
     def open(
@@ -66,6 +76,7 @@ class Engine:
         index_folder: str | Path | None = None,
         device: str = "cpu",
         limits: Limits | None = None,
+        merger: Merger | None = None,
     ) -> Engine:
         """Load a model folder and the current index version. Raises CheckpointError, DataError, or ConfigError for a
         model that is not the index's."""
@@ -80,6 +91,7 @@ class Engine:
             model_hash=versions.model_hash(model_folder),
             limits=limits,
             index_folder=Path(index_folder) if index_folder else None,
+            merger=merger,
         )
 
     # ------------------------------------------------------------ requests
@@ -132,7 +144,7 @@ class Engine:
     async def check(self) -> None:
         """Return when the model works: it answered lately, or answers now. Raises RequestError (503) otherwise."""
         self._check_open()
-        if not (self.embedder.alive and self.searcher.alive):
+        if not (self.embedder.alive and self.searcher.alive and self.writer.batcher.alive):
             raise RequestError(503, "not_running", "A worker thread has ended.")
         if time.monotonic() - self._last_forward > FRESH_S:
             await self.embed(["health"], "query")
@@ -147,14 +159,28 @@ class Engine:
         """Open the index version that has become current, if another has, and serve it from the next batch on."""
         if self.index is None or self.index_folder is None:
             return False
-        folder = versions.current(self.index_folder)
-        if folder.name == self.index.version:
-            return False
-        index = RetrievalIndex(folder)
-        self._check_fits(index)
-        self.index = index
+        with self._refreshing:
+            if versions.current(self.index_folder).name == self.index.version:
+                return False
+            index = RetrievalIndex.open(self.index_folder)
+            self._check_fits(index)
+            self.index = index
         log.info("Serving index version %s (%d documents)", index.version, len(index))
         return True
+
+    def on_index(self, work: Callable[[RetrievalIndex], T]) -> T:
+        """Return `work` of the served version, or of the current one where that is no longer kept."""
+        for _ in range(STALE_TRIES):
+            assert self.index is not None, "there is an index"
+            try:
+                return work(self.index)
+            except StaleError:
+                self.refresh()
+        return work(self.index)
+
+    def documents(self) -> int:
+        """Number of documents that a search sees."""
+        return self.on_index(len) if self.index is not None else 0
 
     def info(self) -> dict[str, Any]:
         """What is served: model, index, limits."""
@@ -163,6 +189,7 @@ class Engine:
         if self.index is not None:
             keys = ("version", "documents", "factory", "metric", "search", "recall@10", "fields", "created")
             index = {key: self.index.manifest.get(key) for key in keys}
+            index |= {"documents": self.documents(), "changes": self.writer.info()}
         model = {
             "name": self.name,
             "hash": self.model_hash,
@@ -183,6 +210,7 @@ class Engine:
         self.closing = True
         self.embedder.close()
         self.searcher.close()
+        self.writer.close()
         self._tokenizers.shutdown(wait=False)
 
     # ------------------------------------------------------------ worker threads
@@ -194,10 +222,12 @@ class Engine:
 
     def _find(self, key: tuple[int, str | None], vectors: list[np.ndarray]) -> list[tuple[list[Hit], str]]:
         k, filter = key
-        index = self.index  # one version answers the whole batch, even while another takes its place
-        assert index is not None, "searches are refused without an index"
-        hits = index.search(np.stack(vectors), k, json.loads(filter) if filter is not None else None)
-        return [(row, index.version) for row in hits]
+        asked = json.loads(filter) if filter is not None else None
+
+        def search(index: RetrievalIndex) -> list[tuple[list[Hit], str]]:  # one version answers the whole batch
+            return [(row, index.version) for row in index.search(np.stack(vectors), k, asked)]
+
+        return self.on_index(search)
 
     # ------------------------------------------------------------ checks
 
@@ -280,6 +310,7 @@ async def watch(engine: Engine, every_s: float) -> None:
 async def watching(engine: Engine, every_s: float = 2.0) -> Any:
     """Follow the index's current version while the context lasts."""
     task = asyncio.create_task(watch(engine, every_s))
+    engine.writer.start(every_s)
     try:
         yield
     finally:

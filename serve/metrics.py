@@ -29,13 +29,17 @@ class Metrics:
         def gauge(name: str, text: str, read: Callable[[], float]) -> None:
             Gauge(name, text, registry=self.registry).set_function(read)
 
-        for name, batcher in (("embed", engine.embedder), ("search", engine.searcher)):
+        for name, batcher in (
+            ("embed", engine.embedder),
+            ("search", engine.searcher),
+            ("write", engine.writer.batcher),
+        ):
             gauge(f"tdro_{name}_waiting", "Items that no batch has taken yet.", lambda b=batcher: b.waiting)
             gauge(f"tdro_{name}_batches", "Batches run since the start.", lambda b=batcher: b.batches)
             gauge(f"tdro_{name}_items", "Items run since the start.", lambda b=batcher: b.batched_items)
-        gauge(
-            "tdro_index_documents", "Documents in the served index.", lambda: len(engine.index) if engine.index else 0
-        )
+        gauge("tdro_index_documents", "Documents in the served index.", engine.documents)
+        unmerged = lambda: engine.writer.info()["unmerged"] if engine.index else 0  # noqa: E731
+        gauge("tdro_index_unmerged_changes", "Changes that no index version has merged yet.", unmerged)
         gauge("tdro_index_version", "Served index version.", lambda: int(engine.index.version) if engine.index else 0)
 
     def text(self) -> bytes:

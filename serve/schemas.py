@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MAX_ID = 512  # characters of a document's id
+
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -24,6 +26,10 @@ class Limits(Body):
     max_waiting: int = Field(2048, ge=1)  # texts or vectors waiting for the model or the index; more answers 429
     batch_tokens: int = Field(16384, ge=16)  # padded tokens per forward, over all requests
     timeout_s: float = Field(30.0, gt=0)  # a request that takes longer answers 504
+    writable: bool = True  # documents may be written and deleted, by whoever may search; False answers 403
+    merge_after: int = Field(10_000, ge=1)  # unmerged changes that start a merge: a search compares with each of them
+    merge_age_s: float = Field(3600.0, gt=0)  # age in seconds of an unmerged change that starts a merge
+    max_unmerged: int = Field(100_000, ge=1)  # unmerged changes; more answer 503 until a merge is done
 
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -88,6 +94,50 @@ class HitBody(BaseModel):
 class SearchResponse(BaseModel):
     results: list[list[HitBody]]
     model: str
+    index_version: str
+
+
+class DocumentBody(Body):
+    """One document. Its metadata keys of one type are what `filter` may use; new keys from the next merge on."""
+
+    id: str = Field(min_length=1, max_length=MAX_ID)
+    text: str
+    title: str = ""  # embedded in front of the text
+    metadata: dict[str, Any] = {}  # "task" names the prompt of a symmetric task, as in `tdro index`
+
+
+class DocumentsRequest(Body):
+    """Documents to add, or to put in place of those with the same id. All are taken or none."""
+
+    documents: list[DocumentBody] = Field(min_length=1)
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "documents": [
+                        {
+                            "id": "guide/7",
+                            "title": "Dates",
+                            "text": "How to parse an ISO 8601 date.",
+                            "metadata": {"year": 2024},
+                        }
+                    ]
+                }
+            ]
+        }
+    )
+
+
+class DocumentsResponse(BaseModel):
+    upserted: int
+    seq: int  # number of the last change; every later search sees all changes up to it
+    index_version: str  # that the change stands beside until it is merged
+
+
+class DeleteResponse(BaseModel):
+    deleted: bool  # false where there was no such document
+    seq: int
     index_version: str
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 STAGES = {
     "ingest": "read the sources into the collection store",
@@ -80,7 +81,26 @@ def parser() -> argparse.ArgumentParser:
     submit.add_argument("--detach", action="store_true", help="do not follow the log")
     submit.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND …", help="e.g. run quickstart")
     commands.add_parser("recipes", help="list the shipped recipes")
+    _index_commands(commands)
     return top
+
+
+def _index_commands(commands: Any) -> None:
+    kept = commands.add_parser("versions", help="list an index folder's versions; go back to one, snapshot, restore")
+    kept.add_argument("folder", metavar="INDEX_FOLDER")
+    one = kept.add_mutually_exclusive_group()
+    one.add_argument(
+        "--select", metavar="VERSION", default="", help="make this version current; changes since then stay in view"
+    )
+    one.add_argument("--snapshot", metavar="NAME", default="", help="keep the documents in force now under a name")
+    one.add_argument(
+        "--restore",
+        metavar="NAME",
+        default="",
+        help="make a snapshot current as a new version; what was written after it is no longer searched",
+    )
+    merge = commands.add_parser("merge", help="merge the documents written over HTTP into a new version of the index")
+    merge.add_argument("folder", metavar="INDEX_FOLDER")
 
 
 def _with_recipe(command: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tdro_ray import index_commands
 from tdro_ray.config import Recipe
 from tdro_ray.display import display, table
 from tdro_ray.errors import ConfigError, ResourceError
@@ -41,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "recipes":
         print("\n".join(recipe_names()))
         return 0
+    if arguments.command in ("versions", "merge"):
+        return int(getattr(index_commands, arguments.command)(arguments))
     if arguments.command == "submit":
         from cluster.submit import submit
 

@@ -1,18 +1,23 @@
-"""`RetrievalIndex`: vectors in, documents out. The one way in which the other rooms search.
+"""`RetrievalIndex`: vectors in, documents out. The one way in which the other rooms search and write.
 
-An open index is one immutable version; a new version is opened beside it and takes its place (see `versions`).
+An open index is one immutable version (see `versions`) and the changes that it has not merged (see `changes`, `overlay`).
+A new version is opened beside it and takes its place.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tdro_ray.errors import DataError
+from tdro_ray.errors import DataError, ResourceError
 from tdro_ray.index import faiss_index, versions
+from tdro_ray.index.changes import Change, ChangeLog, StaleError
+from tdro_ray.index.overlay import Overlay, View
 from tdro_ray.index.store import DocumentStore
 
 # A filter that leaves at most this many rows is answered exactly from the stored vectors: a graph or cell index
@@ -31,11 +36,23 @@ class Hit:
     metadata: dict[str, Any]
 
 
-class RetrievalIndex:
-    """One opened version; safe to search from several threads."""
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What became of one request's changes."""
 
-    def __init__(self, version_folder: Path) -> None:
-        self.folder = Path(version_folder)
+    count: int  # that changed something
+    seq: int  # of the last change committed before or with it
+
+
+class ChangesFullError(ResourceError):
+    """Too many changes wait to be merged."""
+
+
+class RetrievalIndex:
+    """One opened version with the changes made since; safe to use from several threads."""
+
+    def __init__(self, version_folder: Path, log: ChangeLog | None = None) -> None:
+        self.folder, self.log = Path(version_folder), log
         self.version = self.folder.name
         self.manifest = versions.manifest(self.folder)
         self.dim: int = self.manifest["dim"]
@@ -46,39 +63,126 @@ class RetrievalIndex:
                 f"Index version {self.folder} does not fit together: {self.faiss.ntotal} vectors, {len(self.store)} documents, "
                 f"{self.manifest['documents']} in the manifest. Build the index again with `tdro index`."
             )
+        self.model_hash: str = self.manifest.get("model", {}).get("hash", "")
+        self.overlay = Overlay(log, self.manifest.get("merged_seq", 0), self.dim, self.model_hash, self.store.find)
+        self.overlay.view()
 
     @classmethod
     def open(cls, out_folder: str | Path) -> RetrievalIndex:
-        """Open the current version under `out_folder`. Raises DataError where none is complete."""
-        return cls(versions.current(out_folder))
+        """Open the current version under `out_folder`, and follow its changes. Raises DataError where none is complete."""
+        while True:
+            folder = versions.current(out_folder)
+            try:
+                return cls(folder, ChangeLog(out_folder))
+            except (DataError, OSError, ValueError):  # two merges later its files are gone
+                if versions.current(out_folder) == folder:
+                    raise
 
     def __len__(self) -> int:
-        return len(self.store)
+        view = self.overlay.view()
+        return len(self.store) - len(view.hidden) + view.documents
 
     def search(self, vectors: np.ndarray, k: int, filter: dict[str, Any] | None = None) -> list[list[Hit]]:
         """Return the k documents nearest to each vector, best first; fewer where fewer exist or pass the filter.
 
-        `vectors` (Q, D) of any length but zero: they are brought to unit length, so that scores are cosines.
-        Raises DataError for vectors of a wrong shape, FilterError for a filter that cannot be applied.
+        Every change acknowledged before the call is seen. `vectors` (Q, D) of any length but zero: they are brought to
+        unit length, so that scores are cosines. Raises DataError for vectors of a wrong shape, FilterError for a filter
+        that cannot be applied, StaleError where the version must be opened again.
         """
-        scores, rows = self.search_rows(vectors, k, filter)
+        unit = unit_rows(vectors, self.dim)
+        with self._while_it_is_kept():
+            return self._search(unit, k, filter)
+
+    def _search(self, unit: np.ndarray, k: int, filter: dict[str, Any] | None) -> list[list[Hit]]:
+        view = self.overlay.view()
+        scores, rows = self._search_base(unit, k, filter, view)
         documents = iter(self.store.take(rows[rows >= 0]))
-        return [
+        found = [
             [Hit(score=float(score), **next(documents)) for score, row in zip(*pair, strict=True) if row >= 0]
             for pair in zip(scores, rows, strict=True)
         ]
+        if not view.documents:
+            return found
+        for hits, scores_k, places in zip(found, *view.search(unit, k, filter, self.store.fields), strict=True):
+            hits += [Hit(score=float(s), **view.document(p)) for s, p in zip(scores_k, places, strict=True)]
+            hits.sort(key=lambda hit: -hit.score)
+            del hits[k:]
+        return found
 
-    def search_rows(
-        self, vectors: np.ndarray, k: int, filter: dict[str, Any] | None = None
+    def _search_base(
+        self, unit: np.ndarray, k: int, filter: dict[str, Any] | None, view: View
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return scores and row numbers, both (Q, min(k, documents)); row -1 where there is no further hit."""
-        unit, k = unit_rows(vectors, self.dim), min(k, len(self))
+        """Return scores and row numbers, both (Q, k or fewer), of rows that are not hidden; row -1 where there is no further hit."""
         if filter is None:
-            return faiss_index.search(self.faiss, unit, k)
+            return faiss_index.search_without(self.faiss, unit, min(k, len(self.store)), view.hidden)
         allowed = self.store.where(filter)
+        if len(view.hidden):
+            at = np.searchsorted(allowed, view.hidden)
+            at = at[at < len(allowed)]
+            allowed = np.delete(allowed, at[np.isin(allowed[at], view.hidden)])
+        k = min(k, len(self.store))
         if len(allowed) <= EXACT_ROWS:
             return faiss_index.search_exact(unit, self.store.vectors(allowed), allowed, k)
         return faiss_index.search(self.faiss, unit, k, allowed)
+
+    def adopt(self, embed: Callable[[list[dict[str, Any]]], np.ndarray]) -> int:
+        """Write documents that came in under another model again, with this one's vectors; return how many.
+
+        They are what a server wrote while the index was being built anew with this model. `embed` gives unit vectors,
+        float32 (n, D), of records with title, text and metadata.
+        """
+        assert self.log is not None, "a version opened by itself has no log"
+        waiting = list(self.overlay.foreign.values())
+        vectors = embed(waiting)
+        with self.log.locked():
+            view = self.overlay.view()
+            rows = [
+                Change("upsert", c["id"], c["title"], c["text"], c["metadata"], vector)
+                for c, vector in zip(waiting, vectors, strict=True)
+                if self.overlay.foreign.get(c["id"]) == c  # neither changed nor taken on by another replica meanwhile
+            ]
+            if rows:
+                self.log.append(rows, view.seq + 1, self.model_hash)
+        return len(rows)
+
+    @contextlib.contextmanager
+    def _while_it_is_kept(self) -> Iterator[None]:
+        """Turn a failure to read into StaleError where the version has been removed, two merges after it was current."""
+        try:
+            yield
+        except (OSError, ValueError) as err:
+            if self.folder.exists():
+                raise
+            raise StaleError(f"Index version {self.folder} is no longer kept; open the current version.") from err
+
+    def write(self, requests: Sequence[Sequence[Change]], max_unmerged: int) -> list[Written]:
+        """Commit the changes of several requests at once and return what became of each; on return all are on the disk.
+
+        A delete of an id that is not there changes nothing. Vectors must be the model's, of unit length.
+        Raises ChangesFullError where more than `max_unmerged` changes would wait for a merge, StaleError as `search`.
+        """
+        assert self.log is not None, "a version opened by itself has no log"
+        with self.log.locked(), self._while_it_is_kept():
+            view = self.overlay.view()
+            there = self.overlay.has([c.id for changes in requests for c in changes if c.op == "delete"])
+            rows: list[Change] = []
+            written: list[Written] = []
+            for changes in requests:
+                effective = 0
+                for change in changes:
+                    if change.op == "upsert" or there[change.id]:
+                        rows.append(change)
+                        effective += 1
+                    there[change.id] = change.op == "upsert"
+                written.append(Written(effective, view.seq + len(rows)))
+            if view.seq + len(rows) - self.overlay.merged_seq > max_unmerged:
+                raise ChangesFullError(
+                    f"{view.seq - self.overlay.merged_seq} changes wait to be merged into the index, at most {max_unmerged} may. "
+                    "A merge is due; try again in a few seconds."
+                )
+            if rows:
+                self.log.append(rows, view.seq + 1, self.model_hash)
+        return written
 
 
 def unit_rows(vectors: np.ndarray, dim: int) -> np.ndarray:

@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from tdro_ray.errors import CheckpointError, DataError
 from tdro_ray.index import faiss_index, store, versions
+from tdro_ray.index.changes import ChangeLog
 
 RANGE_ROWS = 1024  # documents embedded per Ray Data row
 
@@ -52,43 +53,61 @@ def build_index(
     model_folder, started = Path(model_folder).resolve(), time.time()
     model = {"name": model_folder.name, "hash": versions.model_hash(model_folder)}
     with versions.new_version(Path(out_folder).resolve()) as (name, folder):
+        merged_seq = ChangeLog(out_folder).last_seq()  # the corpus is the truth about everything written before
         count, fields = store.write_documents(folder / "documents.lance", documents)
+        rules = {"factory": factory, "target_recall": target_recall, "min_recall": min_recall}
         factory = faiss_index.preset(count) if factory == "auto" else factory
         embed = _embed(folder, model_folder, count, batch_tokens, num_actors, cpus_per_actor, use_gpu)
         with contextlib.closing(embed):  # an error stops the actors too
             vectors = _gather(embed, folder / "vectors.npy", count, factory, progress)
-        store.add_vectors(folder / "documents.lance", vectors, fields)
-        index, facts = faiss_index.build(
-            store.DocumentStore(folder / "documents.lance").vector_blocks,
-            count,
-            vectors.shape[1],
-            factory,
-            target_recall=target_recall,
-            min_recall=min_recall,
-            progress=(lambda done, total: progress("index", done, total)) if progress else None,
-        )
-        faiss_index.save(index, folder / "index.faiss")
-        (folder / "vectors.npy").unlink()
-        record = _manifest(name, model, count, vectors.shape[1], fields, facts, folder)
-        versions.write_manifest(folder, record | {"seconds": round(time.time() - started, 1)})
+        record = {"version": name, "model": model, "merged_seq": merged_seq}
+        complete(folder, record, vectors, fields, rules, started, progress)
     return versions.manifest(Path(out_folder) / "versions" / name)
 
 
-def _manifest(
-    name: str, model: dict[str, str], count: int, dim: int, fields: dict[str, str], facts: dict[str, Any], folder: Path
-) -> dict[str, Any]:
-    return {
-        "version": name,
-        "model": model,
+def complete(
+    folder: Path,
+    record: dict[str, Any],
+    vectors: np.ndarray,
+    fields: dict[str, str],
+    rules: dict[str, Any],
+    started: float,
+    progress: Progress | None = None,
+) -> None:
+    """Make a version of a folder that holds documents.lance: add the vectors, the FAISS index, and last the manifest.
+
+    `vectors` is the memory map vectors.npy in the same folder, which is removed; `rules` are the factory asked for and
+    the recalls, which merges keep to; `record` goes into the manifest. Raises as `faiss_index.build`.
+    """
+    count, dim = vectors.shape
+    factory = faiss_index.preset(count) if rules["factory"] == "auto" else rules["factory"]
+    store.add_vectors(folder / "documents.lance", vectors, fields)
+    documents = store.DocumentStore(folder / "documents.lance")
+    index, facts = faiss_index.build(
+        documents.vector_blocks,
+        count,
+        dim,
+        factory,
+        target_recall=rules["target_recall"],
+        min_recall=rules["min_recall"],
+        progress=(lambda done, total: progress("index", done, total)) if progress else None,
+    )
+    faiss_index.save(index, folder / "index.faiss")
+    (folder / "vectors.npy").unlink()
+    manifest = {
+        **record,
         "dim": dim,
         "documents": count,
         "metric": "inner_product",
         "unit_vectors": True,
         "fields": {"id": "string", **fields},
+        "rules": rules,
         **facts,
-        "lance_version": store.DocumentStore(folder / "documents.lance").dataset.version,
+        "lance_version": documents.dataset.version,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 1),
     }
+    versions.write_manifest(folder, manifest)
 
 
 class _Embedder:

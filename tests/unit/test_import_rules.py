@@ -31,7 +31,8 @@ MAY_IMPORT = {  # room -> rooms of tdro_ray that it may import, itself aside
     "serve": {"types", "errors", "model", "index"},
     "display": set(),
     "dryrun": {*BELOW_STAGES, "pipeline", "stages", "display"},
-    "commands": {*BELOW_STAGES, "pipeline", "stages", "tune", "display", "dryrun"},
+    "index_commands": {"errors", "index", "display"},  # no recipe, no Ray
+    "commands": {*BELOW_STAGES, "pipeline", "stages", "tune", "display", "dryrun", "index_commands"},
     "__main__": {"errors", "commands"},
     "cluster": {*BASE, "__main__"},  # `submit` checks a command with the command line's own parser
 }

@@ -170,7 +170,8 @@ def test_operation_routes(client: TestClient) -> None:
         and "default-src 'none'" in page.headers["content-security-policy"]
     )
     paths = client.get("/openapi.json").json()["paths"]
-    assert set(paths) == {"/embed", "/search", "/v1/embeddings", "/info", "/health", "/ready", "/metrics"}
+    documents = {"/documents", "/documents/{id}"}
+    assert set(paths) == {"/embed", "/search", "/v1/embeddings", "/info", "/health", "/ready", "/metrics"} | documents
     answers = paths["/embed"]["post"]["responses"]
     assert set(answers) == {"200", "400", "401", "404", "413", "422", "429", "500", "503", "504"}
     assert client.get("/docs").status_code == 200
