@@ -27,6 +27,7 @@ from tdro_ray.errors import ConfigError, DataError, TdroError, nearest
 from tdro_ray.index import versions
 from tdro_ray.index.base import Hit, RetrievalIndex, unit_rows
 from tdro_ray.index.filters import FilterError, is_unicode
+from tdro_ray.model.load import Backend, Dtype, load_encoder
 
 SEARCH_BATCH = 64  # vectors per FAISS call
 TOKENIZER_THREADS = 2
@@ -66,15 +67,17 @@ class Engine:
         index_folder: str | Path | None = None,
         device: str = "cpu",
         limits: Limits | None = None,
+        *,
+        backend: Backend = "auto",
+        dtype: Dtype = "auto",
+        threads: int = 0,
     ) -> Engine:
-        """Load a model folder and the current index version. Raises CheckpointError, DataError, or ConfigError for a
-        model that is not the index's."""
-        from tdro_ray.model.load import load_encoder
-
+        """Load a model folder and the current index version; `backend`, `dtype` and `threads` as in `load_encoder`.
+        Raises CheckpointError, DataError, or ConfigError for a model that is not the index's."""
         model_folder = Path(model_folder)
         index = RetrievalIndex.open(index_folder) if index_folder else None
         return cls(
-            load_encoder(model_folder, device),
+            load_encoder(model_folder, device, backend, dtype, threads),
             index,
             name=index.manifest["model"]["name"] if index else model_folder.name,
             model_hash=versions.model_hash(model_folder),
@@ -167,6 +170,7 @@ class Engine:
             "name": self.name,
             "hash": self.model_hash,
             "dimensions": self.encoder.dim,
+            "backend": getattr(self.encoder, "backend", "other"),
             "query_length": spec.query_length,
             "passage_length": spec.passage_length,
             "tasks": sorted(spec.task_prompts),
