@@ -90,7 +90,8 @@ def _add_model_routes(app: FastAPI) -> None:
     async def embed(body: schemas.EmbedRequest, request: Request) -> Response:
         """Embed texts as queries or passages; the vectors are of unit length."""
         engine = _engine(request)
-        vectors, tokens = await _in_time(request, engine.embed(body.texts, body.kind, body.task, body.dimensions))
+        work = engine.embed(body.texts, body.kind, body.task, body.dimensions, body.normalise, body.truncate)
+        vectors, tokens = await _in_time(request, work)
         return _json(
             {
                 "embeddings": _encode(vectors, body.encoding),

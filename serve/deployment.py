@@ -43,6 +43,7 @@ class Args(Body):
     threads: int = Field(
         0, ge=0
     )  # of a forward and a search; 0: the node's CPUs shared by num_replicas, at least num_cpus
+    cache_mb: int = Field(64, ge=0)  # MiB per replica of vectors of texts seen before; 0 keeps none
     key_digests: tuple[str, ...] = ()  # SHA-256 of API keys, beside those in the replicas' environment
     limits: Limits = Limits()
 
@@ -66,6 +67,7 @@ class Retriever:
             backend=self.args.backend,
             dtype=self.args.dtype,
             threads=threads,
+            cache_bytes=self.args.cache_mb << 20,
         )
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from serve.batching import Batcher, Closed, Overloaded
+from serve.cache import VectorCache, text_key
 from serve.guard import RequestError
 from serve.schemas import Limits
 from tdro_ray.errors import ConfigError, DataError, TdroError, nearest
@@ -36,6 +37,18 @@ FRESH_S = 10.0  # a forward this recent shows that the model works
 log = logging.getLogger(__name__)
 
 
+class TextError(RequestError):
+    """A text that the model cannot read, by its place in the request."""
+
+    def __init__(self, place: int, message: str) -> None:
+        super().__init__(422, "invalid_request", f"texts[{place}] {message}")
+        self.place, self.reason = place, message
+
+    def at(self, place: int) -> TextError:
+        """The same of a text at another place."""
+        return TextError(place, self.reason)
+
+
 class Engine:
     """Answers embedding and search requests from one event loop. `index` None serves embeddings only."""
 
@@ -48,6 +61,7 @@ class Engine:
         model_hash: str = "",
         limits: Limits | None = None,
         index_folder: Path | None = None,
+        cache_bytes: int = 0,
     ) -> None:
         self.encoder, self.index, self.name, self.model_hash = encoder, index, name, model_hash
         self.limits, self.index_folder = limits or Limits(), index_folder
@@ -55,6 +69,7 @@ class Engine:
             self._check_fits(index)
         self.started = time.time()
         self.closing = False
+        self.cache = VectorCache(cache_bytes)
         self._last_forward = 0.0
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenize")
         self.embedder = Batcher(self._forward, self.limits.batch_tokens, self.limits.max_waiting, "embed")
@@ -71,8 +86,10 @@ class Engine:
         backend: Backend = "auto",
         dtype: Dtype = "auto",
         threads: int = 0,
+        cache_bytes: int = 0,
     ) -> Engine:
-        """Load a model folder and the current index version; `backend`, `dtype` and `threads` as in `load_encoder`.
+        """Load a model folder and the current index version; `backend`, `dtype` and `threads` as in `load_encoder`,
+        `cache_bytes` of vectors of texts seen before.
         Raises CheckpointError, DataError, or ConfigError for a model that is not the index's."""
         model_folder = Path(model_folder)
         index = RetrievalIndex.open(index_folder) if index_folder else None
@@ -83,14 +100,26 @@ class Engine:
             model_hash=versions.model_hash(model_folder),
             limits=limits,
             index_folder=Path(index_folder) if index_folder else None,
+            cache_bytes=cache_bytes,
         )
 
     # ------------------------------------------------------------ requests
 
     async def embed(
-        self, texts: Sequence[str], kind: str, task: str = "", dimensions: int | None = None
+        self,
+        texts: Sequence[str],
+        kind: str,
+        task: str = "",
+        dimensions: int | None = None,
+        normalise: bool = True,
+        truncate: str = "end",
+        cached: bool = True,
     ) -> tuple[np.ndarray, int]:
-        """Return unit vectors, float32 (texts, dimensions), and the number of tokens read."""
+        """Return vectors, float32 (texts, dimensions), and the number of tokens read.
+
+        They are of unit length; the first `dimensions` of them only with `normalise`. A text beyond the model's length
+        is cut at its end, or with `truncate="error"` refused. `cached` False asks the model in any case.
+        """
         self._check_texts(texts)
         self._check_task(task)
         if dimensions is not None and dimensions > self.encoder.dim:
@@ -98,16 +127,61 @@ class Engine:
                 422, "invalid_request", f"dimensions must be at most {self.encoder.dim}, got {_number(dimensions)}."
             )
         self._check_open()
-        loop = asyncio.get_running_loop()
-        sequences = await loop.run_in_executor(self._tokenizers, self.encoder.tokenizer.encode, texts, kind, task)
-        costs = [len(sequence) for sequence in sequences]
-        if not all(costs):
-            raise RequestError(422, "invalid_request", f"texts[{costs.index(0)}] holds no token that the model knows.")
-        vectors = np.stack(await self._wait(self.embedder, None, sequences, costs))
+        if cached and self.cache.max_bytes:
+            rows, tokens = await self._embed_cached(texts, kind, task, truncate)
+        else:
+            rows, tokens = await self._embed_anew(texts, kind, task, truncate)
+        vectors = np.stack(rows)
         if dimensions is not None and dimensions < vectors.shape[1]:
             vectors = vectors[:, :dimensions]
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return vectors, sum(costs)
+            if normalise:
+                vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors, sum(tokens)
+
+    async def _embed_cached(
+        self, texts: Sequence[str], kind: str, task: str, truncate: str
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """As `_embed_anew`, of the distinct texts that the cache lacks."""
+        keys = [text_key(text, self.model_hash, kind, task, truncate) for text in texts]
+        found = {key: self.cache.get(key) for key in keys}
+        missing = {key: place for place, key in reversed(list(enumerate(keys))) if found[key] is None}
+        if missing:
+            places = sorted(missing.values())
+            try:
+                anew = await self._embed_anew([texts[p] for p in places], kind, task, truncate)
+            except TextError as err:
+                raise err.at(places[err.place]) from err
+            for place, vector, tokens in zip(places, *anew, strict=True):
+                found[keys[place]] = (vector, tokens)
+                self.cache.put(keys[place], vector, tokens)
+        rows = [entry for key in keys if (entry := found[key]) is not None]
+        return [vector for vector, _ in rows], [tokens for _, tokens in rows]
+
+    async def _embed_anew(
+        self, texts: Sequence[str], kind: str, task: str, truncate: str
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """Tokenise beside the event loop and run the model; return vectors and token counts."""
+        loop = asyncio.get_running_loop()
+        sequences = await loop.run_in_executor(self._tokenizers, self._tokenize, texts, kind, task, truncate)
+        costs = [len(sequence) for sequence in sequences]
+        return await self._wait(self.embedder, None, sequences, costs), costs
+
+    def _tokenize(self, texts: Sequence[str], kind: str, task: str, truncate: str) -> list[list[int]]:
+        tokenizer = self.encoder.tokenizer
+        sequences = tokenizer.encode(texts, kind, task)
+        for place, sequence in enumerate(sequences):
+            if not sequence:
+                raise TextError(place, "holds no token that the model knows.")
+        if truncate == "error":
+            limit = self.encoder.spec.query_length if kind == "query" else self.encoder.spec.passage_length
+            for place, count in enumerate(tokenizer.count(texts, kind, task)):
+                if count > limit:
+                    raise TextError(
+                        place,
+                        f"has {count} tokens, prompts included, and the model reads {limit} of a {kind}; shorten it, or send "
+                        'truncate="end".',
+                    )
+        return sequences
 
     async def search(
         self,
@@ -138,7 +212,7 @@ class Engine:
         if not (self.embedder.alive and self.searcher.alive):
             raise RequestError(503, "not_running", "A worker thread has ended.")
         if time.monotonic() - self._last_forward > FRESH_S:
-            await self.embed(["health"], "query")
+            await self.embed(["health"], "query", cached=False)
 
     def check_ready(self) -> None:
         """Raise RequestError (503) unless the server takes new requests."""

@@ -306,6 +306,7 @@ class ServeSettings(Settings):
         "auto"  # of torch's matrix products; auto: bfloat16 where fast and exact
     )
     threads: int = Field(0, ge=0)  # of a replica's forwards and searches; 0 shares the node's CPUs among the replicas
+    cache_mb: int = Field(64, ge=0)  # MiB per replica of vectors of texts seen before; 0 keeps none
     queries: tuple[str, ...] = ()  # sent through HTTP at the end of `tdro run`
     k: int = Field(3, ge=1)  # hits printed for each
 

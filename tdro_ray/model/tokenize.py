@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tdro_ray.errors import CheckpointError
 from tdro_ray.types import Kind, RetrieverSpec
@@ -49,6 +51,7 @@ class TextTokenizer:
             raise CheckpointError(
                 f"{folder} has no tokenizer.json. Save a fast tokenizer there: AutoTokenizer.from_pretrained(…).save_pretrained({str(folder)!r})."
             )
+        self._path = path
         self._by_kind: dict[str, Tokenizer] = {}
         for kind, length in (("query", self.spec.query_length), ("passage", self.spec.passage_length)):
             tokenizer = Tokenizer.from_file(str(path))
@@ -65,6 +68,20 @@ class TextTokenizer:
         if spec.append_eos:
             return [[*e.ids, spec.eos_token_id] for e in encodings]
         return [e.ids for e in encodings]
+
+    @cached_property
+    def _whole(self) -> Any:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self._path))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+
+    def count(self, texts: Sequence[str], kind: Kind, task: str = "") -> list[int]:
+        """Return how many tokens each text has before truncation, prompts and EOS included."""
+        texts = [format_text(text, kind, task, self.spec) for text in texts]
+        return [len(e.ids) + self.spec.append_eos for e in self._whole.encode_batch_fast(texts)]
 
 
 def format_text(text: str, kind: Kind, task: str, spec: RetrieverSpec) -> str:

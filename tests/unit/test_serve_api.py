@@ -37,6 +37,9 @@ class FakeTokenizer:
     def encode(self, texts: Sequence[str], kind: str, task: str = "") -> list[list[int]]:
         return [[zlib.crc32(w.encode()) % 4096 for w in re.findall(r"\w+", t.lower())] + [0] for t in texts]
 
+    def count(self, texts: Sequence[str], kind: str, task: str = "") -> list[int]:
+        return [len(ids) for ids in self.encode(texts, kind, task)]
+
 
 class FakeEncoder:
     """Bag of hashed words; the same text has the same vector, shared words bring vectors together."""
@@ -204,6 +207,8 @@ UNIT = [1.0] + [0.0] * 63
         ("/embed", {"texts": ["a"], "dimensions": 65}, 422, "at most 64"),
         ("/embed", {"texts": ["a"], "dimensions": 0}, 422, "dimensions"),
         ("/embed", {"texts": ["a"], "dimensions": 10**4000}, 422, "dimensions"),
+        ("/embed", {"texts": ["a"], "truncate": "start"}, 422, "truncate"),
+        ("/embed", {"texts": ["a"], "normalise": 2}, 422, "normalise"),
         ("/embed", ["a"], 422, "body"),
         ("/search", {}, 422, "either queries or vectors"),
         ("/search", {"queries": ["a"], "vectors": [UNIT]}, 422, "either queries or vectors"),
@@ -327,6 +332,9 @@ near_bodies = st.fixed_dictionaries(
         "task": st.sampled_from(["", "nq"]) | json_values,
         "k": st.integers(-5, 60) | json_values,
         "dimensions": st.integers(-5, 70) | json_values,
+        "truncate": st.sampled_from(["end", "error"]) | json_values,
+        "normalise": st.booleans() | json_values,
+        "encoding": st.sampled_from(["float", "base64"]) | json_values,
         "model": st.sampled_from(["", "fake", "fake:query", ":passage"]) | json_values,
         "filter": st.dictionaries(
             st.sampled_from(["task", "year", "id", "and", "or", "not", "x"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import json
 import re
 import textwrap
@@ -14,8 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from test_export import PROMPTS, cosines, make_model, make_run
 
+from serve.api import create_app
+from serve.cache import ENTRY_BYTES, VectorCache, text_key
 from serve.engine import Engine
 from tdro_ray.errors import ConfigError
 from tdro_ray.index.versions import model_hash
@@ -25,6 +29,7 @@ from tdro_ray.model import load
 from tdro_ray.model.encoder import Encoder
 from tdro_ray.model.export import export
 from tdro_ray.model.load import load_encoder
+from tdro_ray.model.tokenize import TextTokenizer
 
 TEXTS = ["date", "parse an ISO 8601 date", *(str(f.__doc__) for f in (json.loads, textwrap.wrap, argparse))]
 
@@ -123,3 +128,121 @@ def test_the_recipe_may_ask_for_onnxruntime(folders: dict[str, Path], tmp_path: 
     assert exported == tmp_path / "onnx" / "model" and model_hash(exported) == model_hash(folders["torch"])
     assert _for_backend(run, folders["torch"]) == exported
     assert (exported / "model.onnx").stat().st_mtime_ns == written  # not again
+
+
+# ---------------------------------------------------------------- cache, truncation, shapes
+
+
+class CountingEncoder:
+    """An encoder that counts the texts that reach it."""
+
+    def __init__(self, encoder: Any) -> None:
+        self.encoder, self.texts = encoder, 0
+        self.tokenizer, self.spec, self.dim = encoder.tokenizer, encoder.spec, encoder.dim
+
+    def embed_ids(self, sequences: Any, batch_tokens: int = 16384) -> np.ndarray:
+        self.texts += len(sequences)
+        return self.encoder.embed_ids(sequences, batch_tokens)
+
+
+def ask_all(engine: Engine, requests: list[tuple[list[str], dict[str, Any]]]) -> list[tuple[np.ndarray, int]]:
+    async def run() -> list[tuple[np.ndarray, int]]:
+        return [await engine.embed(texts, **{"kind": "passage", **options}) for texts, options in requests]
+
+    return asyncio.run(run())
+
+
+def test_kept_vectors_are_the_models_and_skip_it(folders: dict[str, Path]) -> None:
+    requests: list[tuple[list[str], dict[str, Any]]] = [
+        (["date", "zip file", "date"], {}),
+        (["zip file", "fox", "date"], {}),
+        (["date"], {"kind": "query"}),
+        (["date"], {"kind": "query", "task": "questions"}),
+        (["date", "fox"], {"dimensions": 4}),
+        (["date", "fox"], {"dimensions": 4, "normalise": False}),
+        (["fox"], {"truncate": "error"}),
+        (["fox"], {"truncate": "error"}),
+    ]
+    encoder = CountingEncoder(load_encoder(folders["torch"]))
+    cached = Engine(encoder, model_hash="h", cache_bytes=1 << 20)
+    plain = Engine(encoder.encoder)
+    for (vectors, tokens), (expected, count) in zip(ask_all(cached, requests), ask_all(plain, requests), strict=True):
+        np.testing.assert_allclose(vectors, expected, atol=1e-6)
+        assert tokens == count
+    assert encoder.texts == 6  # date, zip file; fox; the query; the task's query; fox under the other truncation
+    assert (cached.cache.hits, cached.cache.misses) == (7, 7) and plain.cache.misses == 0
+    cached.model_hash = "another"
+    ask_all(cached, requests[:1])
+    assert encoder.texts == 8
+    asyncio.run(cached.check())
+    cached._last_forward = -1e9
+    asyncio.run(cached.check())
+    asyncio.run(cached.check())
+    assert encoder.texts == 9  # health asks the model itself
+    for engine in (cached, plain):
+        engine.close()
+
+
+def test_the_cache_keeps_to_its_bytes_and_drops_the_oldest() -> None:
+    each = 4 * 16 + ENTRY_BYTES
+    cache = VectorCache(3 * each)
+    vectors = np.arange(80, dtype=np.float32).reshape(5, 16)
+    keys = [text_key(str(i)) for i in range(5)]
+    for key, vector in zip(keys[:3], vectors, strict=False):
+        cache.put(key, vector, 1)
+    assert cache.get(keys[0]) is not None
+    cache.put(keys[3], vectors[3], 7)
+    assert cache.get(keys[1]) is None and len(cache) == 3 and cache.bytes == 3 * each
+    found = cache.get(keys[3])
+    assert found is not None and found[1] == 7 and found[0].base is None  # the batch is not kept
+    np.testing.assert_array_equal(found[0], vectors[3])
+    cache.put(keys[4], np.zeros(10_000, np.float32), 1)  # larger than the whole cache
+    assert len(cache) == 3
+    off = VectorCache(0)
+    off.put(keys[0], vectors[0], 1)
+    assert len(off) == 0
+    assert text_key("b", "a") != text_key("", "a", "b") != text_key("ab")
+
+
+def test_a_text_beyond_the_models_length_is_cut_or_refused_by_name(folders: dict[str, Path]) -> None:
+    tokenizer = TextTokenizer(folders["torch"])
+    limit = tokenizer.spec.query_length
+    words = "date " * 300
+    fits = words[: 5 * (len(tokenizer.encode([words], "query")[0]) // 2)]
+    count = tokenizer.count([words], "query")[0]
+    assert tokenizer.count([fits], "query") == [len(tokenizer.encode([fits], "query")[0])] and count > limit
+    for cache_bytes in (0, 1 << 20):
+        engine = Engine(load_encoder(folders["torch"]), cache_bytes=cache_bytes)
+        with TestClient(create_app(engine)) as client:
+            body = {"texts": [fits, "date", words], "kind": "query"}
+            answer = client.post("/embed", json=body).json()
+            assert answer["tokens"] == sum(map(len, tokenizer.encode(body["texts"], "query")))
+            for _ in range(2):
+                refused = client.post("/embed", json={**body, "truncate": "error"})
+                message = refused.json()["error"]["message"]
+                assert refused.status_code == 422
+                assert message.startswith(f"texts[2] has {count} tokens") and f"reads {limit} of a query" in message
+            body["texts"].pop()
+            same = client.post("/embed", json={**body, "truncate": "error"}).json()
+            np.testing.assert_allclose(same["embeddings"], answer["embeddings"][:2], atol=1e-6)
+            metrics = client.get("/metrics").text
+            assert ("tdro_embed_cache_misses 0.0" in metrics) == (cache_bytes == 0)
+
+
+def test_shapes_of_vectors(folders: dict[str, Path]) -> None:
+    with TestClient(create_app(Engine(load_encoder(folders["torch"])))) as client:
+
+        def embed(**options: Any) -> np.ndarray:
+            answer = client.post("/embed", json={"texts": TEXTS, **options}).json()
+            if options.get("encoding") == "base64":
+                return np.stack([np.frombuffer(base64.b64decode(e), "<f4") for e in answer["embeddings"]])
+            return np.array(answer["embeddings"])
+
+        whole = embed()
+        expected = Encoder.load(folders["torch"]).encode(TEXTS, "passage")
+        np.testing.assert_allclose(whole, expected, atol=1e-6)
+        np.testing.assert_array_equal(embed(encoding="base64"), embed(encoding="base64", normalise=False))
+        np.testing.assert_allclose(embed(encoding="base64"), expected, atol=1e-6)
+        cut = embed(dimensions=5, normalise=False, encoding="base64")
+        np.testing.assert_allclose(cut, expected[:, :5], atol=1e-6)
+        np.testing.assert_allclose(embed(dimensions=5), cut / np.linalg.norm(cut, axis=1, keepdims=True), atol=1e-6)
