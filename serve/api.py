@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 
 import tdro_ray
 from serve import schemas
+from serve.bodies import JsonRoute
 from serve.engine import Engine, watching
 from serve.guard import Guard, RequestError
 from serve.metrics import CONTENT_TYPE, Measure, Metrics
@@ -76,6 +77,7 @@ def create_app(
         redirect_slashes=False,
         responses=ERRORS,
     )
+    app.router.route_class = JsonRoute
     app.state.metrics, app.state.timeout_s = metrics, limits.timeout_s
     _add_model_routes(app)
     _add_operation_routes(app)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from serve.api import create_app
 from serve.batching import Batcher, Closed, Overloaded
+from serve.bodies import JsonRequest
 from serve.engine import Engine
 from serve.guard import check_binding, is_loopback, parse_keys
 from serve.schemas import Limits
@@ -189,6 +190,11 @@ def test_page_fetches_nothing_from_elsewhere(client: TestClient) -> None:
 
 
 UNIT = [1.0] + [0.0] * 63
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +274,21 @@ def test_broken_bodies(path: str, content: bytes, status: int, client: TestClien
     error_of(client.post(path, content=content, headers={"content-type": "application/json"}), status)
 
 
+@settings(max_examples=200, deadline=None)
+@given(body=st.one_of(json_values.map(_dumps).map(str.encode), st.binary(max_size=40)))
+def test_bodies_are_read_as_the_standard_library_reads_them(body: bytes) -> None:
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    try:
+        expected = repr(json.loads(body))
+    except ValueError as err:
+        with pytest.raises(type(err)):
+            asyncio.run(JsonRequest({"type": "http"}, receive).json())
+    else:
+        assert repr(asyncio.run(JsonRequest({"type": "http"}, receive).json())) == expected
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_vectors_that_are_no_numbers(number: str, client: TestClient) -> None:
     content = '{"vectors": [[' + ",".join([number] * 64) + "]]}"
@@ -316,11 +337,6 @@ def test_defect_is_a_json_500_and_only_its_request_fails(index_folder: Path) -> 
         assert client.get("/info").json()["index"] is None
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=12,
-)
 near_bodies = st.fixed_dictionaries(
     {},
     optional={
