@@ -21,6 +21,7 @@ import pydantic_core
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 
 import tdro_ray
 from serve import schemas
@@ -159,7 +160,7 @@ def _add_operation_routes(app: FastAPI) -> None:
         _engine(request).check_ready()
         return _json({"status": "ready"})
 
-    @app.get("/metrics", tags=["operation"])
+    @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:
         """Prometheus metrics of this replica."""
         return Response(request.app.state.metrics.text(), media_type=CONTENT_TYPE)
