@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _connect(recipe: Recipe) -> None:
     from cluster.session import connect
 
-    connect(recipe.scale)
+    connect(recipe.scale, recipe.serve.proxy)
 
 
 def _whole_run(run: Run, arguments: argparse.Namespace) -> None:
@@ -177,7 +177,6 @@ def _export(run: Run, arguments: argparse.Namespace) -> None:
 
 
 def _serve(run: Run, arguments: argparse.Namespace) -> None:
-    from serve import deployment
     from tdro_ray import stages
 
     settings = run.recipe.serve
@@ -185,6 +184,8 @@ def _serve(run: Run, arguments: argparse.Namespace) -> None:
     model = Path(arguments.model) if arguments.model else _indexed_model(run)
     model = _for_backend(run, model)
     _connect(run.recipe)
+    from serve import deployment  # after the connection has settled the environment
+
     url = deployment.start(model, index, **_serve_options(settings))
     print(f"Serving {model} at {url}  (search page: {url}/, API: {url}/docs). Stop with Ctrl-C.", flush=True)
     try:
@@ -195,7 +196,7 @@ def _serve(run: Run, arguments: argparse.Namespace) -> None:
 
 
 def _serve_options(settings: ServeSettings) -> dict[str, Any]:
-    return settings.model_dump(exclude={"queries", "k"})
+    return settings.model_dump(exclude={"queries", "k", "proxy"})
 
 
 def _for_backend(run: Run, model: Path) -> Path:

@@ -299,6 +299,9 @@ class ServeSettings(Settings):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0 takes a free one
+    proxy: Literal["auto", "ray", "haproxy"] = (
+        "auto"  # takes HTTP in; auto: as RAY_SERVE_ENABLE_HA_PROXY says, else Ray's
+    )
     num_replicas: int = Field(1, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"  # of the embedder; cuda takes one GPU a replica
     backend: Literal["torch", "onnx"] = "torch"  # onnx: onnxruntime on the CPU; the model is exported for it once
