@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 from serve.batching import Batcher, Closed, Overloaded
 from serve.cache import VectorCache, text_key
 from serve.guard import RequestError
+from serve.reload import ModelFolder
 from serve.schemas import Limits
 from tdro_ray.errors import ConfigError, DataError, TdroError, nearest
 from tdro_ray.index import versions
@@ -70,6 +72,8 @@ class Engine:
         self.started = time.time()
         self.closing = False
         self.cache = VectorCache(cache_bytes)
+        self.source: ModelFolder | None = None  # where the encoder came from, if it may be replaced there
+        self._inside, self._reloading = 0, False  # requests under way; whether others wait for a new model
         self._last_forward = 0.0
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenize")
         self.embedder = Batcher(self._forward, self.limits.batch_tokens, self.limits.max_waiting, "embed")
@@ -92,16 +96,21 @@ class Engine:
         `cache_bytes` of vectors of texts seen before.
         Raises CheckpointError, DataError, or ConfigError for a model that is not the index's."""
         model_folder = Path(model_folder)
+        source = ModelFolder(
+            model_folder, functools.partial(load_encoder, model_folder, device, backend, dtype, threads)
+        )
         index = RetrievalIndex.open(index_folder) if index_folder else None
-        return cls(
-            load_encoder(model_folder, device, backend, dtype, threads),
+        engine = cls(
+            source.load(),
             index,
             name=index.manifest["model"]["name"] if index else model_folder.name,
-            model_hash=versions.model_hash(model_folder),
+            model_hash=source.hash(),
             limits=limits,
             index_folder=Path(index_folder) if index_folder else None,
             cache_bytes=cache_bytes,
         )
+        engine.source = source
+        return engine
 
     # ------------------------------------------------------------ requests
 
@@ -120,6 +129,19 @@ class Engine:
         They are of unit length; the first `dimensions` of them only with `normalise`. A text beyond the model's length
         is cut at its end, or with `truncate="error"` refused. `cached` False asks the model in any case.
         """
+        async with self._turn():
+            return await self._embed(texts, kind, task, dimensions, normalise, truncate, cached)
+
+    async def _embed(
+        self,
+        texts: Sequence[str],
+        kind: str,
+        task: str = "",
+        dimensions: int | None = None,
+        normalise: bool = True,
+        truncate: str = "end",
+        cached: bool = True,
+    ) -> tuple[np.ndarray, int]:
         self._check_texts(texts)
         self._check_task(task)
         if dimensions is not None and dimensions > self.encoder.dim:
@@ -192,12 +214,23 @@ class Engine:
         task: str = "",
     ) -> tuple[list[list[Hit]], str]:
         """Return the hits of every query (or vector), best first, and the index version that gave them."""
+        async with self._turn():
+            return await self._search(queries, vectors, k, filter, task)
+
+    async def _search(
+        self,
+        queries: Sequence[str] | None,
+        vectors: Sequence[Sequence[float]] | None,
+        k: int,
+        filter: dict[str, Any] | None,
+        task: str,
+    ) -> tuple[list[list[Hit]], str]:
         if self.index is None:
             raise RequestError(404, "no_index", "This server was started without an index; it only embeds.")
         if k > self.limits.max_k:
             raise RequestError(422, "invalid_request", f"k must be at most {self.limits.max_k}, got {_number(k)}.")
         if queries is not None:
-            unit = (await self.embed(queries, "query", task))[0]
+            unit = (await self._embed(queries, "query", task))[0]
         else:
             assert vectors is not None, "the body holds queries or vectors"
             self._check_count("vectors", len(vectors))
@@ -219,6 +252,55 @@ class Engine:
         self._check_open()
         if self.embedder.waiting >= self.limits.max_waiting:
             raise RequestError(503, "overloaded", "The queue is full.", {"Retry-After": "1"})
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """A request's time inside: model and index do not change in it, so that a query meets its own model's index."""
+        while self._reloading:
+            await asyncio.sleep(0.002)
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    async def reload(self) -> bool:
+        """Serve the model that has taken the place of the served one in its folder, if another has, with its index.
+
+        An index is needed only by a server that has one: until the current version is the new model's, the old pair stays.
+        Requests wait for as long as those under way take. Raises ConfigError (index of another model), CheckpointError.
+        """
+        source = self.source
+        if source is None or not await asyncio.to_thread(source.changed):
+            return False
+        opened = await asyncio.to_thread(self._open_anew, source)
+        source.take()
+        if opened is None:
+            return False
+        self._reloading = True
+        try:
+            while self._inside:
+                await asyncio.sleep(0.002)
+            self.encoder, self.index, self.model_hash = opened
+        finally:
+            self._reloading = False
+        log.info("Serving the model that was put into %s (hash %s)", source.folder, self.model_hash[:12])
+        return True
+
+    def _open_anew(self, source: ModelFolder) -> tuple[Any, RetrievalIndex | None, str] | None:
+        """Return the folder's encoder, its index and its hash; None for the same weights again."""
+        model_hash = source.hash()
+        if model_hash == self.model_hash:
+            return None
+        index = None
+        if self.index_folder is not None:
+            folder = versions.current(self.index_folder)
+            versions.check_same_model(versions.manifest(folder), self.name, model_hash)
+            index = RetrievalIndex(folder)
+        encoder = source.load()
+        if index is not None:
+            self._check_dimensions(index, encoder)
+        return encoder, index, model_hash
 
     def refresh(self) -> bool:
         """Open the index version that has become current, if another has, and serve it from the next batch on."""
@@ -334,29 +416,33 @@ class Engine:
 
     def _check_fits(self, index: RetrievalIndex) -> None:
         versions.check_same_model(index.manifest, self.name, self.model_hash)
-        if index.dim != self.encoder.dim:
+        self._check_dimensions(index, self.encoder)
+
+    def _check_dimensions(self, index: RetrievalIndex, encoder: Any) -> None:
+        if index.dim != encoder.dim:
             raise ConfigError(
                 f"Index version {index.folder} holds vectors of {index.dim} dimensions, model {self.name!r} makes "
-                f"{self.encoder.dim}. Serve the model that it was built with, or build the index again."
+                f"{encoder.dim}. Serve the model that it was built with, or build the index again."
             )
 
 
 async def watch(engine: Engine, every_s: float) -> None:
-    """Look for a new index version every `every_s` seconds; one that cannot be served leaves the old one in place."""
+    """Look for a new model and a new index version every `every_s` seconds; what cannot be served leaves the old in place."""
     said = ""
     while True:
         await asyncio.sleep(every_s)
         try:
-            await asyncio.to_thread(engine.refresh)
+            if not await engine.reload():
+                await asyncio.to_thread(engine.refresh)
         except TdroError as err:
             if str(err) != said:
                 said = str(err)
-                log.error("The new index version is not served: %s", said)
+                log.error("The new model or index version is not served: %s", said)
 
 
 @contextlib.asynccontextmanager
 async def watching(engine: Engine, every_s: float = 2.0) -> Any:
-    """Follow the index's current version while the context lasts."""
+    """Follow the model folder and the index's current version while the context lasts."""
     task = asyncio.create_task(watch(engine, every_s))
     try:
         yield

@@ -7,7 +7,10 @@ import asyncio
 import base64
 import json
 import re
+import shutil
 import textwrap
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from serve.api import create_app
 from serve.cache import ENTRY_BYTES, VectorCache, text_key
 from serve.engine import Engine
 from tdro_ray.errors import ConfigError
+from tdro_ray.index import faiss_index, store, versions
 from tdro_ray.index.versions import model_hash
 from tdro_ray.model import encoder as encoder_module
 from tdro_ray.model import export as export_module
@@ -246,3 +250,60 @@ def test_shapes_of_vectors(folders: dict[str, Path]) -> None:
         cut = embed(dimensions=5, normalise=False, encoding="base64")
         np.testing.assert_allclose(cut, expected[:, :5], atol=1e-6)
         np.testing.assert_allclose(embed(dimensions=5), cut / np.linalg.norm(cut, axis=1, keepdims=True), atol=1e-6)
+
+
+def test_a_model_put_in_the_old_ones_place_is_served_with_its_index(tmp_path: Path) -> None:
+    def index_of(folder: Path) -> None:
+        encoder = Encoder.load(folder)
+        docs = [(f"d{i}", "", text, {}) for i, text in enumerate(TEXTS)]
+        vectors = encoder.encode(TEXTS, "passage")
+        with versions.new_version(tmp_path / "index") as (name, out):
+            _, fields = store.write_documents(out / "documents.lance", docs)
+            store.add_vectors(out / "documents.lance", vectors, fields)
+            index, facts = faiss_index.build(lambda: iter([vectors]), len(docs), encoder.dim, "Flat")
+            faiss_index.save(index, out / "index.faiss")
+            made_with = {"name": "served", "hash": model_hash(folder)}
+            record = {"version": name, "dim": encoder.dim, "documents": len(docs), "model": made_with, **facts}
+            versions.write_manifest(out, record)
+
+    served_folder, other = make_model(tmp_path / "served"), make_model(tmp_path / "other", pooling="mean")
+    index_of(served_folder)
+    engine = Engine.open(served_folder, tmp_path / "index", dtype="float32", cache_bytes=1 << 20)
+    expected = {str(folder): Encoder.load(folder).encode(["date"], "query")[0] for folder in (served_folder, other)}
+    old, new = expected.values()
+    old_passages = Encoder.load(served_folder).encode(TEXTS, "passage")
+    hashes = [model_hash(folder) for folder in (served_folder, other)]
+    seen: list[tuple[list[float], str, float]] = []
+    stop = threading.Event()
+    with TestClient(create_app(engine)) as client:
+
+        def load() -> None:
+            while not stop.is_set():
+                vector = client.post("/embed", json={"texts": ["date"], "kind": "query"}).json()["embeddings"][0]
+                found = client.post("/search", json={"queries": ["date"], "k": 1}).json()
+                seen.append((vector, found["index_version"], found["results"][0][0]["score"]))
+
+        def wait_for(done: Any) -> None:
+            deadline = time.monotonic() + 30
+            while not done() and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+        thread = threading.Thread(target=load)
+        thread.start()
+        for file in other.iterdir():  # one after another: nothing is served half
+            shutil.copy2(file, served_folder / file.name)
+        with pytest.raises(ConfigError, match="is another"):  # its index is still the old model's
+            wait_for(lambda: engine.source is not None and engine.source.changed())
+            asyncio.run(engine.reload())
+        assert client.get("/info").json()["model"]["hash"] == hashes[0]
+        index_of(served_folder)
+        wait_for(lambda: engine.model_hash == hashes[1] and seen[-1][1] == "2")
+        stop.set()
+        thread.join()
+        assert client.get("/info").json()["model"]["hash"] == hashes[1]
+    np.testing.assert_allclose(seen[0][0], old, atol=1e-6)
+    np.testing.assert_allclose(seen[-1][0], new, atol=1e-6)
+    assert {version for _, version, _ in seen} == {"1", "2"}
+    best = {"1": old_passages @ old, "2": Encoder.load(other).encode(TEXTS, "passage") @ new}
+    for _, version, score in seen:  # no query of one model met the index of the other
+        assert score == pytest.approx(float(best[version].max()), abs=1e-4)
