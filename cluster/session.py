@@ -12,6 +12,7 @@ import ray
 from ray._raylet import GcsClient  # no public call asks a head whether it is there
 from ray.exceptions import AuthenticationError, RayError
 
+from cluster.ingress import prepare
 from tdro_ray.config import ScaleSettings, least_workers
 from tdro_ray.errors import ResourceError
 
@@ -20,14 +21,17 @@ LEAST_OBJECT_STORE = 80 << 20  # bytes; Ray refuses less
 ANSWER_SECONDS = 3.0  # a head that takes longer to accept a connection is not there
 
 
-def connect(scale: ScaleSettings) -> None:
+def connect(scale: ScaleSettings, proxy: str = "auto") -> None:
     """Join the cluster that `RAY_ADDRESS` names (a Ray job sets it), or start Ray on this machine. Idempotent.
+
+    `proxy` is what takes HTTP in for Ray Serve (see `ingress`); a cluster must have been started with the same.
 
     Raises ResourceError when no cluster answers or the workers do not fit, saying what is there and what to set.
     """
     if not ray.is_initialized():
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard shows Train runs only with it
         address = os.environ.get("RAY_ADDRESS") or "local"
+        prepare(proxy, starts_ray=address == "local")
         if address == "local":
             _start(scale)
         else:

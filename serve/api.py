@@ -22,9 +22,11 @@ import pydantic_core
 from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 
 import tdro_ray
 from serve import schemas
+from serve.bodies import JsonRoute
 from serve.engine import Engine, watching
 from serve.guard import Guard, RequestError
 from serve.metrics import CONTENT_TYPE, Measure, Metrics
@@ -82,6 +84,7 @@ def create_app(
         redirect_slashes=False,
         responses=ERRORS,
     )
+    app.router.route_class = JsonRoute
     app.state.metrics, app.state.timeout_s = metrics, limits.timeout_s
     _add_model_routes(app)
     _add_document_routes(app)
@@ -97,7 +100,8 @@ def _add_model_routes(app: FastAPI) -> None:
     async def embed(body: schemas.EmbedRequest, request: Request) -> Response:
         """Embed texts as queries or passages; the vectors are of unit length."""
         engine = _engine(request)
-        vectors, tokens = await _in_time(request, engine.embed(body.texts, body.kind, body.task, body.dimensions))
+        work = engine.embed(body.texts, body.kind, body.task, body.dimensions, body.normalise, body.truncate)
+        vectors, tokens = await _in_time(request, work)
         return _json(
             {
                 "embeddings": _encode(vectors, body.encoding),
@@ -183,7 +187,7 @@ def _add_operation_routes(app: FastAPI) -> None:
         _engine(request).check_ready()
         return _json({"status": "ready"})
 
-    @app.get("/metrics", tags=["operation"])
+    @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:
         """Prometheus metrics of this replica."""
         return Response(request.app.state.metrics.text(), media_type=CONTENT_TYPE)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from pydantic import Field
 from ray import serve as ray_serve
 
@@ -22,6 +23,7 @@ from serve.guard import KEYS_VARIABLE, check_binding, parse_keys
 from serve.schemas import Body, Limits
 from tdro_ray.errors import CheckpointError, ConfigError, ResourceError, TdroError
 from tdro_ray.index import versions
+from tdro_ray.model.load import Backend, Dtype
 
 APP_NAME = "tdro-retriever"  # on the dashboard and in `serve status`
 
@@ -32,10 +34,17 @@ class Args(Body):
     model: str  # model folder
     index: str | None = None  # index folder; none serves embeddings only
     device: str = "cpu"  # or "cuda"
+    backend: Backend = "auto"  # "torch" or "onnx": what the model folder holds; auto takes either
+    dtype: Dtype = (
+        "auto"  # of torch's matrix products: "float32", "bfloat16"; auto: bfloat16 where fast and exact enough
+    )
     num_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.5, ge=0)  # per replica; half a CPU lets two of them, or a stage beside it, fit two cores
     num_gpus: float = Field(0.0, ge=0)  # per replica
-    threads: int = Field(0, ge=0)  # of torch and FAISS per replica; 0 keeps what Ray sets (OMP_NUM_THREADS)
+    threads: int = Field(
+        0, ge=0
+    )  # of a forward and a search; 0: the node's CPUs shared by num_replicas, at least num_cpus
+    cache_mb: int = Field(64, ge=0)  # MiB per replica of vectors of texts seen before; 0 keeps none
     merge_cpus: float = Field(
         0.0, ge=0
     )  # of the Ray task that merges changes, also its threads; 0 waits for none, and has one
@@ -53,9 +62,18 @@ class Retriever:
         listening = _listening()
         if listening is not None:
             check_binding(listening[0], self.key_digests)
-        _set_threads(self.args.threads)
-        merger = partial(_merge_in_task, num_cpus=self.args.merge_cpus)
-        self.engine = Engine.open(self.args.model, self.args.index, self.args.device, self.args.limits, merger=merger)
+        threads = _set_threads(self.args)
+        self.engine = Engine.open(
+            self.args.model,
+            self.args.index,
+            self.args.device,
+            self.args.limits,
+            backend=self.args.backend,
+            dtype=self.args.dtype,
+            threads=threads,
+            cache_bytes=self.args.cache_mb << 20,
+            merger=partial(_merge_in_task, num_cpus=self.args.merge_cpus),
+        )
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(self.engine, self.key_digests)
@@ -97,11 +115,10 @@ def start(
     num_replicas: int = 1,
     name: str = APP_NAME,
     *,
-    num_cpus: float = 0.5,
-    device: str = "cpu",
     timeout_s: float = 180.0,
+    **options: Any,
 ) -> str:
-    """Serve on the connected Ray and return the URL once it answers; port 0 takes a free one.
+    """Serve on the connected Ray and return the URL once it answers; port 0 takes a free one. `options` are more of `Args`.
 
     API keys come from the environment of the caller and reach the replicas as digests. Raises ConfigError (address
     without keys), CheckpointError or DataError (folders), ResourceError (port taken, no CPUs, failure to start).
@@ -111,11 +128,9 @@ def start(
     args = Args(
         model=str(model_folder),
         index=str(index_folder) if index_folder else None,
-        device=device,
         num_replicas=num_replicas,
-        num_cpus=num_cpus,
-        num_gpus=1.0 if device == "cuda" else 0.0,
         key_digests=digests,
+        **{"num_gpus": 1.0 if options.get("device") == "cuda" else 0.0, **options},
     )
     _check_inputs(args)
     port = _claim(host, port)
@@ -146,8 +161,6 @@ def stop(name: str = APP_NAME) -> None:
 
 def _check_inputs(args: Args) -> None:
     """Find the user's mistakes here, where a message is a message, and not in a replica's log."""
-    import ray
-
     model_folder = Path(args.model)
     if not (model_folder / "tdro.json").is_file():
         raise CheckpointError(
@@ -246,8 +259,6 @@ def _reachable(host: str) -> str:
 
 def _merge_in_task(folder: Path, num_cpus: float) -> dict[str, Any] | None:
     """Merge an index folder's changes in a Ray task, away from the replica that answers; errors are the merge's own."""
-    import ray
-
     from tdro_ray.index.merge import merge
 
     try:
@@ -256,10 +267,13 @@ def _merge_in_task(folder: Path, num_cpus: float) -> dict[str, Any] | None:
         raise (err.cause if isinstance(err.cause, Exception) else err) from None
 
 
-def _set_threads(threads: int) -> None:
-    if threads:
-        import faiss
-        import torch
+def _set_threads(args: Args) -> int:
+    """Set and return the threads of this replica. Ray sets OMP_NUM_THREADS to the CPUs that a replica reserves, which are
+    few so that others fit beside it; cores that idle would stay idle."""
+    import faiss
 
-        torch.set_num_threads(threads)
-        faiss.omp_set_num_threads(threads)
+    node = ray.get_runtime_context().get_node_id()
+    cpus = next((n["Resources"].get("CPU", 1) for n in ray.nodes() if n["NodeID"] == node), 1)
+    threads = args.threads or max(1, int(args.num_cpus), int(cpus) // args.num_replicas)
+    faiss.omp_set_num_threads(threads)
+    return threads

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from serve.batching import Batcher, Closed, Overloaded
+from serve.cache import VectorCache, text_key
 from serve.guard import RequestError
+from serve.reload import ModelFolder
 from serve.schemas import Limits
 from serve.writer import Merger, Writer
 from tdro_ray.errors import ConfigError, DataError, TdroError, nearest
@@ -31,6 +34,7 @@ from tdro_ray.index import versions
 from tdro_ray.index.base import Hit, RetrievalIndex, unit_rows
 from tdro_ray.index.changes import StaleError
 from tdro_ray.index.filters import FilterError, is_unicode
+from tdro_ray.model.load import Backend, Dtype, load_encoder
 
 SEARCH_BATCH = 64  # vectors per FAISS call
 TOKENIZER_THREADS = 2
@@ -40,6 +44,18 @@ FRESH_S = 10.0  # a forward this recent shows that the model works
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+
+class TextError(RequestError):
+    """A text that the model cannot read, by its place in the request."""
+
+    def __init__(self, place: int, message: str) -> None:
+        super().__init__(422, "invalid_request", f"texts[{place}] {message}")
+        self.place, self.reason = place, message
+
+    def at(self, place: int) -> TextError:
+        """The same of a text at another place."""
+        return TextError(place, self.reason)
 
 
 class Engine:
@@ -54,6 +70,7 @@ class Engine:
         model_hash: str = "",
         limits: Limits | None = None,
         index_folder: Path | None = None,
+        cache_bytes: int = 0,
         merger: Merger | None = None,
     ) -> None:
         self.encoder, self.index, self.name, self.model_hash = encoder, index, name, model_hash
@@ -62,6 +79,9 @@ class Engine:
             self._check_fits(index)
         self.started = time.time()
         self.closing = False
+        self.cache = VectorCache(cache_bytes)
+        self.source: ModelFolder | None = None  # where the encoder came from, if it may be replaced there
+        self._inside, self._reloading = 0, False  # requests under way; whether others wait for a new model
         self._last_forward = 0.0
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenize")
         self.embedder = Batcher(self._forward, self.limits.batch_tokens, self.limits.max_waiting, "embed")
@@ -76,30 +96,64 @@ class Engine:
         index_folder: str | Path | None = None,
         device: str = "cpu",
         limits: Limits | None = None,
+        *,
+        backend: Backend = "auto",
+        dtype: Dtype = "auto",
+        threads: int = 0,
+        cache_bytes: int = 0,
         merger: Merger | None = None,
     ) -> Engine:
-        """Load a model folder and the current index version. Raises CheckpointError, DataError, or ConfigError for a
-        model that is not the index's."""
-        from tdro_ray.model.load import load_encoder
-
+        """Load a model folder and the current index version; `backend`, `dtype` and `threads` as in `load_encoder`,
+        `cache_bytes` of vectors of texts seen before.
+        Raises CheckpointError, DataError, or ConfigError for a model that is not the index's."""
         model_folder = Path(model_folder)
+        source = ModelFolder(
+            model_folder, functools.partial(load_encoder, model_folder, device, backend, dtype, threads)
+        )
         index = RetrievalIndex.open(index_folder) if index_folder else None
-        return cls(
-            load_encoder(model_folder, device),
+        engine = cls(
+            source.load(),
             index,
             name=index.manifest["model"]["name"] if index else model_folder.name,
-            model_hash=versions.model_hash(model_folder),
+            model_hash=source.hash(),
             limits=limits,
             index_folder=Path(index_folder) if index_folder else None,
+            cache_bytes=cache_bytes,
             merger=merger,
         )
+        engine.source = source
+        return engine
 
     # ------------------------------------------------------------ requests
 
     async def embed(
-        self, texts: Sequence[str], kind: str, task: str = "", dimensions: int | None = None
+        self,
+        texts: Sequence[str],
+        kind: str,
+        task: str = "",
+        dimensions: int | None = None,
+        normalise: bool = True,
+        truncate: str = "end",
+        cached: bool = True,
     ) -> tuple[np.ndarray, int]:
-        """Return unit vectors, float32 (texts, dimensions), and the number of tokens read."""
+        """Return vectors, float32 (texts, dimensions), and the number of tokens read.
+
+        They are of unit length; the first `dimensions` of them only with `normalise`. A text beyond the model's length
+        is cut at its end, or with `truncate="error"` refused. `cached` False asks the model in any case.
+        """
+        async with self.turn():
+            return await self._embed(texts, kind, task, dimensions, normalise, truncate, cached)
+
+    async def _embed(
+        self,
+        texts: Sequence[str],
+        kind: str,
+        task: str = "",
+        dimensions: int | None = None,
+        normalise: bool = True,
+        truncate: str = "end",
+        cached: bool = True,
+    ) -> tuple[np.ndarray, int]:
         self._check_texts(texts)
         self._check_task(task)
         if dimensions is not None and dimensions > self.encoder.dim:
@@ -107,16 +161,61 @@ class Engine:
                 422, "invalid_request", f"dimensions must be at most {self.encoder.dim}, got {_number(dimensions)}."
             )
         self._check_open()
-        loop = asyncio.get_running_loop()
-        sequences = await loop.run_in_executor(self._tokenizers, self.encoder.tokenizer.encode, texts, kind, task)
-        costs = [len(sequence) for sequence in sequences]
-        if not all(costs):
-            raise RequestError(422, "invalid_request", f"texts[{costs.index(0)}] holds no token that the model knows.")
-        vectors = np.stack(await self._wait(self.embedder, None, sequences, costs))
+        if cached and self.cache.max_bytes:
+            rows, tokens = await self._embed_cached(texts, kind, task, truncate)
+        else:
+            rows, tokens = await self._embed_anew(texts, kind, task, truncate)
+        vectors = np.stack(rows)
         if dimensions is not None and dimensions < vectors.shape[1]:
             vectors = vectors[:, :dimensions]
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return vectors, sum(costs)
+            if normalise:
+                vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors, sum(tokens)
+
+    async def _embed_cached(
+        self, texts: Sequence[str], kind: str, task: str, truncate: str
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """As `_embed_anew`, of the distinct texts that the cache lacks."""
+        keys = [text_key(text, self.model_hash, kind, task, truncate) for text in texts]
+        found = {key: self.cache.get(key) for key in keys}
+        missing = {key: place for place, key in reversed(list(enumerate(keys))) if found[key] is None}
+        if missing:
+            places = sorted(missing.values())
+            try:
+                anew = await self._embed_anew([texts[p] for p in places], kind, task, truncate)
+            except TextError as err:
+                raise err.at(places[err.place]) from err
+            for place, vector, tokens in zip(places, *anew, strict=True):
+                found[keys[place]] = (vector, tokens)
+                self.cache.put(keys[place], vector, tokens)
+        rows = [entry for key in keys if (entry := found[key]) is not None]
+        return [vector for vector, _ in rows], [tokens for _, tokens in rows]
+
+    async def _embed_anew(
+        self, texts: Sequence[str], kind: str, task: str, truncate: str
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """Tokenise beside the event loop and run the model; return vectors and token counts."""
+        loop = asyncio.get_running_loop()
+        sequences = await loop.run_in_executor(self._tokenizers, self._tokenize, texts, kind, task, truncate)
+        costs = [len(sequence) for sequence in sequences]
+        return await self._wait(self.embedder, None, sequences, costs), costs
+
+    def _tokenize(self, texts: Sequence[str], kind: str, task: str, truncate: str) -> list[list[int]]:
+        tokenizer = self.encoder.tokenizer
+        sequences = tokenizer.encode(texts, kind, task)
+        for place, sequence in enumerate(sequences):
+            if not sequence:
+                raise TextError(place, "holds no token that the model knows.")
+        if truncate == "error":
+            limit = self.encoder.spec.length(kind, task)
+            for place, count in enumerate(tokenizer.count(texts, kind, task)):
+                if count > limit:
+                    raise TextError(
+                        place,
+                        f"has {count} tokens, prompts included, and the model reads {limit} of a {kind}; shorten it, or send "
+                        'truncate="end".',
+                    )
+        return sequences
 
     async def search(
         self,
@@ -127,12 +226,23 @@ class Engine:
         task: str = "",
     ) -> tuple[list[list[Hit]], str]:
         """Return the hits of every query (or vector), best first, and the index version that gave them."""
+        async with self.turn():
+            return await self._search(queries, vectors, k, filter, task)
+
+    async def _search(
+        self,
+        queries: Sequence[str] | None,
+        vectors: Sequence[Sequence[float]] | None,
+        k: int,
+        filter: dict[str, Any] | None,
+        task: str,
+    ) -> tuple[list[list[Hit]], str]:
         if self.index is None:
             raise RequestError(404, "no_index", "This server was started without an index; it only embeds.")
         if k > self.limits.max_k:
             raise RequestError(422, "invalid_request", f"k must be at most {self.limits.max_k}, got {_number(k)}.")
         if queries is not None:
-            unit = (await self.embed(queries, "query", task))[0]
+            unit = (await self._embed(queries, "query", task))[0]
         else:
             assert vectors is not None, "the body holds queries or vectors"
             self._check_count("vectors", len(vectors))
@@ -147,13 +257,62 @@ class Engine:
         if not (self.embedder.alive and self.searcher.alive and self.writer.batcher.alive):
             raise RequestError(503, "not_running", "A worker thread has ended.")
         if time.monotonic() - self._last_forward > FRESH_S:
-            await self.embed(["health"], "query")
+            await self.embed(["health"], "query", cached=False)
 
     def check_ready(self) -> None:
         """Raise RequestError (503) unless the server takes new requests."""
         self._check_open()
         if self.embedder.waiting >= self.limits.max_waiting:
             raise RequestError(503, "overloaded", "The queue is full.", {"Retry-After": "1"})
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """A request's time inside: model and index do not change in it, so that a query meets its own model's index."""
+        while self._reloading:
+            await asyncio.sleep(0.002)
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    async def reload(self) -> bool:
+        """Serve the model that has taken the place of the served one in its folder, if another has, with its index.
+
+        An index is needed only by a server that has one: until the current version is the new model's, the old pair stays.
+        Requests wait for as long as those under way take. Raises ConfigError (index of another model), CheckpointError.
+        """
+        source = self.source
+        if source is None or not await asyncio.to_thread(source.changed):
+            return False
+        opened = await asyncio.to_thread(self._open_anew, source)
+        source.take()
+        if opened is None:
+            return False
+        self._reloading = True
+        try:
+            while self._inside:
+                await asyncio.sleep(0.002)
+            self.encoder, self.index, self.model_hash = opened
+        finally:
+            self._reloading = False
+        log.info("Serving the model that was put into %s (hash %s)", source.folder, self.model_hash[:12])
+        return True
+
+    def _open_anew(self, source: ModelFolder) -> tuple[Any, RetrievalIndex | None, str] | None:
+        """Return the folder's encoder, its index and its hash; None for the same weights again."""
+        model_hash = source.hash()
+        if model_hash == self.model_hash:
+            return None
+        index = None
+        if self.index_folder is not None:
+            folder = versions.current(self.index_folder)
+            versions.check_same_model(versions.manifest(folder), self.name, model_hash)
+            index = RetrievalIndex(folder)
+        encoder = source.load()
+        if index is not None:
+            self._check_dimensions(index, encoder)
+        return encoder, index, model_hash
 
     def refresh(self) -> bool:
         """Open the index version that has become current, if another has, and serve it from the next batch on."""
@@ -194,6 +353,7 @@ class Engine:
             "name": self.name,
             "hash": self.model_hash,
             "dimensions": self.encoder.dim,
+            "backend": getattr(self.encoder, "backend", "other"),
             "query_length": spec.query_length,
             "passage_length": spec.passage_length,
             "tasks": sorted({*spec.task_prompts, *spec.task_lengths}),
@@ -286,29 +446,33 @@ class Engine:
 
     def _check_fits(self, index: RetrievalIndex) -> None:
         versions.check_same_model(index.manifest, self.name, self.model_hash)
-        if index.dim != self.encoder.dim:
+        self._check_dimensions(index, self.encoder)
+
+    def _check_dimensions(self, index: RetrievalIndex, encoder: Any) -> None:
+        if index.dim != encoder.dim:
             raise ConfigError(
                 f"Index version {index.folder} holds vectors of {index.dim} dimensions, model {self.name!r} makes "
-                f"{self.encoder.dim}. Serve the model that it was built with, or build the index again."
+                f"{encoder.dim}. Serve the model that it was built with, or build the index again."
             )
 
 
 async def watch(engine: Engine, every_s: float) -> None:
-    """Look for a new index version every `every_s` seconds; one that cannot be served leaves the old one in place."""
+    """Look for a new model and a new index version every `every_s` seconds; what cannot be served leaves the old in place."""
     said = ""
     while True:
         await asyncio.sleep(every_s)
         try:
-            await asyncio.to_thread(engine.refresh)
+            if not await engine.reload():
+                await asyncio.to_thread(engine.refresh)
         except TdroError as err:
             if str(err) != said:
                 said = str(err)
-                log.error("The new index version is not served: %s", said)
+                log.error("The new model or index version is not served: %s", said)
 
 
 @contextlib.asynccontextmanager
 async def watching(engine: Engine, every_s: float = 2.0) -> Any:
-    """Follow the index's current version while the context lasts."""
+    """Follow the model folder and the index's current version while the context lasts."""
     task = asyncio.create_task(watch(engine, every_s))
     engine.writer.start(every_s)
     try:

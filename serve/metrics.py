@@ -37,6 +37,9 @@ class Metrics:
             gauge(f"tdro_{name}_waiting", "Items that no batch has taken yet.", lambda b=batcher: b.waiting)
             gauge(f"tdro_{name}_batches", "Batches run since the start.", lambda b=batcher: b.batches)
             gauge(f"tdro_{name}_items", "Items run since the start.", lambda b=batcher: b.batched_items)
+        for name, text in (("hits", "Texts whose vector was kept."), ("misses", "Texts that went to the model.")):
+            gauge(f"tdro_embed_cache_{name}", text, lambda n=name: getattr(engine.cache, n))
+        gauge("tdro_embed_cache_bytes", "Bytes of kept vectors.", lambda: engine.cache.bytes)
         gauge("tdro_index_documents", "Documents in the served index.", engine.documents)
         unmerged = lambda: engine.writer.info()["unmerged"] if engine.index else 0  # noqa: E731
         gauge("tdro_index_unmerged_changes", "Changes that no index version has merged yet.", unmerged)

@@ -43,7 +43,9 @@ class EmbedRequest(Body):
     texts: list[str] = Field(min_length=1)
     kind: Literal["query", "passage"] = "passage"
     task: str = ""  # whose prompt to use, as the model was trained; "" takes the model's default
-    dimensions: Integer | None = Field(None, ge=1)  # keep the first ones and bring them to unit length again
+    dimensions: Integer | None = Field(None, ge=1)  # keep the first ones, brought to unit length again
+    normalise: bool = True  # false: the first `dimensions` as they are; whole vectors have unit length in any case
+    truncate: Literal["end", "error"] = "end"  # of a text beyond the model's length: cut it, or answer 422
     encoding: Encoding = "float"  # base64: little-endian float32
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"texts": ["parse an ISO 8601 date"], "kind": "query"}]})

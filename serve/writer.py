@@ -61,20 +61,22 @@ class Writer:
         `tdro index` would give it. Raises RequestError for what cannot be taken; then nothing of the request is.
         """
         self._check_writable()
-        records = self._check_documents(documents)
-        vectors = await self._embed(records)
-        changes = [
-            Change("upsert", r["id"], r["title"], r["text"], r["metadata"], v)
-            for r, v in zip(records, vectors, strict=True)
-        ]
-        return await self._write(changes)
+        async with self.engine.turn():  # a vector goes beside the index of the model that made it
+            records = self._check_documents(documents)
+            vectors = await self._embed(records)
+            changes = [
+                Change("upsert", r["id"], r["title"], r["text"], r["metadata"], v)
+                for r, v in zip(records, vectors, strict=True)
+            ]
+            return await self._write(changes)
 
     async def delete(self, id: str) -> tuple[Written, str]:
         """Delete a document; what was written counts 0 where there was none."""
         self._check_writable()
         if problem := _id_problem(id):
             raise RequestError(422, "invalid_request", f"The id {problem}.")
-        return await self._write([Change("delete", id)])
+        async with self.engine.turn():
+            return await self._write([Change("delete", id)])
 
     def start(self, every_s: float) -> None:
         """Look after the index every `every_s` seconds until `close`."""

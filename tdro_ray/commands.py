@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tdro_ray import index_commands
-from tdro_ray.config import Recipe
+from tdro_ray.config import Recipe, ServeSettings
 from tdro_ray.display import display, table
 from tdro_ray.errors import ConfigError, ResourceError
 from tdro_ray.pipeline import Progress, Run, Stage, key_of, write_json
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _connect(recipe: Recipe) -> None:
     from cluster.session import connect
 
-    connect(recipe.scale)
+    connect(recipe.scale, recipe.serve.proxy)
 
 
 def _whole_run(run: Run, arguments: argparse.Namespace) -> None:
@@ -180,20 +180,41 @@ def _export(run: Run, arguments: argparse.Namespace) -> None:
 
 
 def _serve(run: Run, arguments: argparse.Namespace) -> None:
-    from serve import deployment
     from tdro_ray import stages
 
     settings = run.recipe.serve
     index = Path(arguments.index) if arguments.index else stages.index_folder(run)
     model = Path(arguments.model) if arguments.model else _indexed_model(run)
+    model = _for_backend(run, model)
     _connect(run.recipe)
-    url = deployment.start(model, index, host=settings.host, port=settings.port, num_replicas=settings.num_replicas)
+    from serve import deployment  # after the connection has settled the environment
+
+    url = deployment.start(model, index, **_serve_options(settings))
     print(f"Serving {model} at {url}  (search page: {url}/, API: {url}/docs). Stop with Ctrl-C.", flush=True)
     try:
         while True:
             time.sleep(3600)
     finally:
         deployment.stop()
+
+
+def _serve_options(settings: ServeSettings) -> dict[str, Any]:
+    return settings.model_dump(exclude={"queries", "k", "proxy"})
+
+
+def _for_backend(run: Run, model: Path) -> Path:
+    """Return the folder that the recipe's backend reads: the model's own, or its export beside the run's other files."""
+    from tdro_ray.model.load import ONNX_FILE
+
+    if run.recipe.serve.backend != "onnx" or (model / ONNX_FILE).exists():
+        return model
+    from tdro_ray.index.versions import model_hash
+    from tdro_ray.model.export import export
+
+    source, folder = model_hash(model), run.folder / "onnx" / model.name
+    if not (folder / ONNX_FILE).exists() or model_hash(folder) != source:
+        export(model, folder, run.folder, model.name, "onnx", source)
+    return folder
 
 
 def _indexed_model(run: Run) -> Path:
@@ -222,11 +243,7 @@ def _sample_searches(run: Run) -> None:
 
         progress.update("starting the service")
         url = deployment.start(
-            _indexed_model(run),
-            stages.index_folder(run),
-            host=settings.host,
-            port=settings.port,
-            num_replicas=settings.num_replicas,
+            _for_backend(run, _indexed_model(run)), stages.index_folder(run), **_serve_options(settings)
         )
         try:
             progress.update(f"asking {url}/search")

@@ -317,7 +317,17 @@ class ServeSettings(Settings):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0 takes a free one
+    proxy: Literal["auto", "ray", "haproxy"] = (
+        "auto"  # takes HTTP in; auto: as RAY_SERVE_ENABLE_HA_PROXY says, else Ray's
+    )
     num_replicas: int = Field(1, ge=1)
+    device: Literal["cpu", "cuda"] = "cpu"  # of the embedder; cuda takes one GPU a replica
+    backend: Literal["torch", "onnx"] = "torch"  # onnx: onnxruntime on the CPU; the model is exported for it once
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # of torch's matrix products; auto: bfloat16 where fast and exact
+    )
+    threads: int = Field(0, ge=0)  # of a replica's forwards and searches; 0 shares the node's CPUs among the replicas
+    cache_mb: int = Field(64, ge=0)  # MiB per replica of vectors of texts seen before; 0 keeps none
     queries: tuple[str, ...] = ()  # sent through HTTP at the end of `tdro run`
     k: int = Field(3, ge=1)  # hits printed for each
 

@@ -30,10 +30,15 @@ class OnnxEncoder:
         """Dimensions of a vector."""
         return int(self.session.get_outputs()[0].shape[1])
 
+    @property
+    def backend(self) -> str:
+        """What runs it, for `/info` and the logs."""
+        return "onnxruntime float32 on cpu"
+
     @classmethod
-    def load(cls, folder: str | Path, device: str = "cpu") -> OnnxEncoder:
-        """Load an ONNX export. Raises ConfigError without onnxruntime or for another device than the CPU,
-        CheckpointError for a graph that cannot be read."""
+    def load(cls, folder: str | Path, device: str = "cpu", threads: int = 0) -> OnnxEncoder:
+        """Load an ONNX export; `threads` 0 takes one per core. Raises ConfigError without onnxruntime or for another
+        device than the CPU, CheckpointError for a graph that cannot be read."""
         if device != "cpu":
             raise ConfigError(
                 f"{folder} is an ONNX export, which runs on the CPU; {device!r} was asked for. Use the model's own folder there."
@@ -45,7 +50,11 @@ class OnnxEncoder:
                 f"{folder} is an ONNX export and onnxruntime is not installed: pip install 'tdro-ray[onnx]'."
             ) from err
         try:
-            session = onnxruntime.InferenceSession(str(Path(folder) / ONNX_FILE), providers=["CPUExecutionProvider"])
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            session = onnxruntime.InferenceSession(
+                str(Path(folder) / ONNX_FILE), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as err:  # onnxruntime's errors share no base of their own
             raise CheckpointError(f"{Path(folder) / ONNX_FILE} cannot be read: {err}. Export the model again.") from err
         return cls(session, TextTokenizer(folder))

@@ -50,7 +50,7 @@ class TextTokenizer:
             raise CheckpointError(
                 f"{folder} has no tokenizer.json. Save a fast tokenizer there: AutoTokenizer.from_pretrained(…).save_pretrained({str(folder)!r})."
             )
-        self._path, self._by_length = path, dict[int, Any]()
+        self._path, self._by_length = path, dict[int | None, Any]()
         for length in {self.spec.query_length, self.spec.passage_length}:
             self._cutting(length)
 
@@ -64,16 +64,23 @@ class TextTokenizer:
             return [[*e.ids, spec.eos_token_id] for e in encodings]
         return [e.ids for e in encodings]
 
-    def _cutting(self, length: int) -> Any:
-        """Return the tokenizer that cuts at this length, the EOS that is put on aside; one is kept for each length."""
+    def _cutting(self, length: int | None) -> Any:
+        """Return the tokenizer that cuts at this length (None: never), the EOS that is put on aside; one is kept for each."""
         from tokenizers import Tokenizer
 
         if length not in self._by_length:
             tokenizer = Tokenizer.from_file(str(self._path))
             tokenizer.no_padding()
-            tokenizer.enable_truncation(length - self.spec.append_eos)
+            tokenizer.no_truncation()
+            if length is not None:
+                tokenizer.enable_truncation(length - self.spec.append_eos)
             self._by_length[length] = tokenizer
         return self._by_length[length]
+
+    def count(self, texts: Sequence[str], kind: Kind, task: str = "") -> list[int]:
+        """Return how many tokens each text has before truncation, prompts and EOS included."""
+        texts = [format_text(text, kind, task, self.spec) for text in texts]
+        return [len(e.ids) + self.spec.append_eos for e in self._cutting(None).encode_batch_fast(texts)]
 
 
 def format_text(text: str, kind: Kind, task: str, spec: RetrieverSpec) -> str:

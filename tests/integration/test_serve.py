@@ -1,9 +1,10 @@
-"""Index build and HTTP service on a real Ray: one tiny model, one index, one Serve application for all tests."""
+"""Index build and HTTP service on a real Ray, behind HAProxy: one tiny model, one index, one Serve application for all tests."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import socket
 import threading
@@ -50,11 +51,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(model: Path) -> Iterator[None]:
+    import sys
+
     import ray
 
+    from cluster.ingress import prepare
+
+    before = dict(os.environ)
+    assert "ray.serve" not in sys.modules, "it reads its environment once"
+    prepare("haproxy", starts_ray=True)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def build(model: Path, out: Path, count: int, **options: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from serve.api import create_app
 from serve.batching import Batcher, Closed, Overloaded
+from serve.bodies import JsonRequest
 from serve.engine import Engine
 from serve.guard import check_binding, is_loopback, parse_keys
 from serve.schemas import Limits
@@ -36,6 +37,9 @@ WORDS = ["parse", "date", "iso", "socket", "timeout", "matrix", "inverse", "json
 class FakeTokenizer:
     def encode(self, texts: Sequence[str], kind: str, task: str = "") -> list[list[int]]:
         return [[zlib.crc32(w.encode()) % 4096 for w in re.findall(r"\w+", t.lower())] + [0] for t in texts]
+
+    def count(self, texts: Sequence[str], kind: str, task: str = "") -> list[int]:
+        return [len(ids) for ids in self.encode(texts, kind, task)]
 
 
 class FakeEncoder:
@@ -187,6 +191,11 @@ def test_page_fetches_nothing_from_elsewhere(client: TestClient) -> None:
 
 
 UNIT = [1.0] + [0.0] * 63
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +214,8 @@ UNIT = [1.0] + [0.0] * 63
         ("/embed", {"texts": ["a"], "dimensions": 65}, 422, "at most 64"),
         ("/embed", {"texts": ["a"], "dimensions": 0}, 422, "dimensions"),
         ("/embed", {"texts": ["a"], "dimensions": 10**4000}, 422, "dimensions"),
+        ("/embed", {"texts": ["a"], "truncate": "start"}, 422, "truncate"),
+        ("/embed", {"texts": ["a"], "normalise": 2}, 422, "normalise"),
         ("/embed", ["a"], 422, "body"),
         ("/search", {}, 422, "either queries or vectors"),
         ("/search", {"queries": ["a"], "vectors": [UNIT]}, 422, "either queries or vectors"),
@@ -264,6 +275,21 @@ def test_broken_bodies(path: str, content: bytes, status: int, client: TestClien
     error_of(client.post(path, content=content, headers={"content-type": "application/json"}), status)
 
 
+@settings(max_examples=200, deadline=None)
+@given(body=st.one_of(json_values.map(_dumps).map(str.encode), st.binary(max_size=40)))
+def test_bodies_are_read_as_the_standard_library_reads_them(body: bytes) -> None:
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    try:
+        expected = repr(json.loads(body))
+    except ValueError as err:
+        with pytest.raises(type(err)):
+            asyncio.run(JsonRequest({"type": "http"}, receive).json())
+    else:
+        assert repr(asyncio.run(JsonRequest({"type": "http"}, receive).json())) == expected
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_vectors_that_are_no_numbers(number: str, client: TestClient) -> None:
     content = '{"vectors": [[' + ",".join([number] * 64) + "]]}"
@@ -312,11 +338,6 @@ def test_defect_is_a_json_500_and_only_its_request_fails(index_folder: Path) -> 
         assert client.get("/info").json()["index"] is None
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=12,
-)
 near_bodies = st.fixed_dictionaries(
     {},
     optional={
@@ -328,6 +349,9 @@ near_bodies = st.fixed_dictionaries(
         "task": st.sampled_from(["", "nq"]) | json_values,
         "k": st.integers(-5, 60) | json_values,
         "dimensions": st.integers(-5, 70) | json_values,
+        "truncate": st.sampled_from(["end", "error"]) | json_values,
+        "normalise": st.booleans() | json_values,
+        "encoding": st.sampled_from(["float", "base64"]) | json_values,
         "model": st.sampled_from(["", "fake", "fake:query", ":passage"]) | json_values,
         "filter": st.dictionaries(
             st.sampled_from(["task", "year", "id", "and", "or", "not", "x"]),
