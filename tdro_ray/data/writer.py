@@ -179,6 +179,8 @@ class TaskWriter:
     def _flush(self) -> None:
         import lance
 
+        if not self._passages:  # the last of them filled the bytes of a flush
+            return
         path = self.folder / "passages.lance"
         lance.write_dataset(pa.concat_tables(self._passages), str(path), mode="append" if path.exists() else "create")
         self._passages = []

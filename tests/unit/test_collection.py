@@ -121,6 +121,16 @@ def test_hash_depends_on_content_alone(tmp_path: Path) -> None:
     assert write(tmp_path / "d", [rows[1], rows[0], *rows[2:]]).hash != first.hash
 
 
+def test_many_flushes_write_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(n) for n in range(6)]
+    whole = write(tmp_path / "a", rows)
+    monkeypatch.setattr("tdro_ray.data.writer.FLUSH_BYTES", 0)  # every table is one, the last leaves nothing to the end
+    parts = write(tmp_path / "b", rows)
+    assert parts == whole
+    texts = [Collection(tmp_path / s / "task").take_texts(range(whole.passages)) for s in "ab"]
+    assert texts[0] == texts[1] and len(texts[0]) == whole.passages
+
+
 def test_same_content_keeps_mined_negatives(tmp_path: Path) -> None:
     rows = [row(n) for n in range(3)]
     manifest = write(tmp_path, rows)
