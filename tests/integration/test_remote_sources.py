@@ -12,7 +12,7 @@ import pytest
 from s3 import s3_service
 from tiny import make_collections
 
-from tdro_ray.config import Recipe
+from tdro_ray.config import ModelSettings, Recipe, TinyModel
 from tdro_ray.data.clean import clean
 from tdro_ray.data.collection import CollectionStore
 from tdro_ray.data.formats import read
@@ -21,6 +21,9 @@ from tdro_ray.data.layouts import open_test
 from tdro_ray.data.place import place
 from tdro_ray.data.sources import discover
 from tdro_ray.errors import DataError
+from tdro_ray.evaluate import encode
+from tdro_ray.model.build import build_base
+from tdro_ray.types import RetrieverSpec
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +69,29 @@ def test_a_bucket_gives_what_the_folder_gives_and_only_changes_are_read_again(s3
     assert again["hard"].rows == there["hard"].rows + 1 and sum("up to date" in line for line in lines) == 3
 
 
-def test_a_test_in_a_bucket_is_evaluated_and_kept_out_of_training(s3: Any, tmp_path: Path) -> None:
+def test_a_test_in_a_bucket_is_evaluated_and_kept_out_of_training(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = make_collections(tmp_path / "source")
     upload(s3, source / "easy", "tests/far")
     folder = place("s3://sets/tests/far")
     test = open_test(folder)
     assert len(test.corpus) == 10 and {p.docid for p in test.corpus} == {f"deasy{n}" for n in range(60, 70)}
+    model, alone = tmp_path / "model", open_test(source / "easy")
+    tiny = TinyModel(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24, vocab_size=300)
+    build_base(ModelSettings(tiny=tiny), RetrieverSpec(query_length=8, passage_length=8), iter(["bada"]), model, 0)
+    monkeypatch.setattr(encode, "SMALL", 0)  # workers read the bucket
+    found = [encode.evaluate_model(model, {"t": t}, 1, 1.0, False, 512, 10, 20, "t") for t in (test, alone)]
+    assert found[0] == found[1]
+
     asked = next(iter(test.queries.values()))
     (tmp_path / "train").mkdir()
     rows = [[asked, "a text"], *([f"query number {n} of many", f"text {n}"] for n in range(30))]
     (tmp_path / "train" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = recipe(str(tmp_path / "train"), dev_queries=0)
     ingest(settings, tmp_path / "store")
-    found = clean(settings.data.clean, tmp_path / "store", ["train"], [folder], "key", tmp_path / "out")
-    assert found["train"]["counts"]["contaminated"] == 1
+    cleaned = clean(settings.data.clean, tmp_path / "store", ["train"], [folder], "key", tmp_path / "out")
+    assert cleaned["train"]["counts"]["contaminated"] == 1
     assert CollectionStore(tmp_path / "store")["train"].manifest.rows == 30
 
 
