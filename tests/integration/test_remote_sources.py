@@ -1,6 +1,7 @@
 """Ingest from an object store and from a hub dataset on a real Ray: the rows of a folder, incremental, clear when it fails."""
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +123,28 @@ def test_a_service_that_refuses_or_does_not_answer(s3: Any, monkeypatch: pytest.
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the discard port: nobody listens
     with pytest.raises(DataError, match=r"s3://sets/all cannot be read: .*Check bucket, path and network.*AWS_PROFILE"):
         discover(["s3://sets/all"])
+
+
+@pytest.mark.long  # the timeouts and retries of pyarrow's S3 client
+def test_a_service_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        with pytest.raises(DataError, match=r"cannot be read: .*NETWORK_CONNECTION"):
+            discover([f"s3://sets/all?scheme=http&endpoint_override=127.0.0.1:{server.getsockname()[1]}&region=x"])
+
+
+def test_without_credentials(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, rights in (("public", "public-read"), ("private", "private")):
+        s3.put_object(Bucket="sets", Key=f"{name}/train.jsonl", Body=b'["q", "p"]\n', ACL=rights)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (task,) = discover(["s3://anonymous@sets/public"])
+    assert [row.query for row in read(*task.files[0])] == ["q"]
+    assert str(task.files[0][0]) == "s3://anonymous@sets/public/train.jsonl"
+    (task,) = discover(["s3://anonymous@sets/private"])
+    with pytest.raises(DataError, match=r"private/train.jsonl cannot be read: .*ACCESS_DENIED.*AWS_ACCESS_KEY_ID"):
+        list(read(*task.files[0]))
 
 
 def test_an_object_that_goes_away_in_between(s3: Any, tmp_path: Path) -> None:
