@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from tdro_ray.errors import DataError
 
@@ -175,7 +176,7 @@ def place(text: str | Path) -> Place:
     quoted = True
     with explained(text):
         try:
-            filesystem, path = fs.FileSystem.from_uri(asked)
+            filesystem, path = _s3(asked) if asked.startswith("s3://") else fs.FileSystem.from_uri(asked)
         except ValueError as err:  # ArrowInvalid: a scheme that pyarrow does not know, or a wrong option of one
             if "nrecognized filesystem type" not in str(err):
                 raise
@@ -184,6 +185,21 @@ def place(text: str | Path) -> Place:
             found, path = fsspec.core.url_to_fs(text)
             filesystem, quoted = fs.PyFileSystem(fs.FSSpecHandler(found)), False
     return RemotePath(text, path.rstrip("/"), _Source(filesystem, path.rstrip("/"), quoted))
+
+
+def _s3(url: str) -> tuple[Any, str]:
+    """Return pyarrow's S3 filesystem and the path there. It gives up on a silent service after some seconds; the one that
+    `from_uri` makes takes minutes. `s3://anonymous@bucket` sends no credentials, as for `gs://`."""
+    from pyarrow import fs
+
+    parts = urlsplit(url)
+    filesystem, path = fs.FileSystem.from_uri(url.replace("://anonymous@", "://", 1))
+    options = dict(parse_qsl(parts.query))
+    if options.keys() <= {"region", "scheme", "endpoint_override"} and parts.username in (None, "anonymous"):
+        service = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        options = {"region": filesystem.region, **({"endpoint_override": service} if service else {}), **options}
+        filesystem = fs.S3FileSystem(**options, anonymous=parts.username == "anonymous")
+    return filesystem, path
 
 
 def name_in(text: str) -> str:
@@ -235,7 +251,7 @@ def _variables(url: str) -> str:
     if scheme in ("s3", "s3a"):
         return (
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), AWS_DEFAULT_REGION, and AWS_ENDPOINT_URL for "
-            "another service than Amazon's"
+            "another service than Amazon's; s3://anonymous@bucket/… for a public bucket"
         )
     if scheme in ("gs", "gcs"):
         return "GOOGLE_APPLICATION_CREDENTIALS (a key file), or gs://anonymous@bucket/… for a public bucket"

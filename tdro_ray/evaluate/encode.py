@@ -6,7 +6,7 @@ T texts, D dimensions.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from tdro_ray.types import Kind, Passage, RetrievalTest
 
 BLOCK_TEXTS = 256  # texts per block: small enough that two actors share a small test
 READERS = 2  # corpora that are read at once
+SMALL = 20_000  # texts that this process reads itself: starting readers would take longer
 
 
 def encode_texts(
@@ -91,7 +92,7 @@ class Stretch:
     number: int
     task: str
     kind: Kind
-    texts: Mapping[str, str] | Iterable[Passage]
+    texts: Mapping[str, str] | Collection[Passage]
 
     def blocks(self) -> Iterator[dict[str, Any]]:
         """Yield records of BLOCK_TEXTS texts with their ids, in order; a bad corpus ends in one that says so."""
@@ -181,12 +182,17 @@ def _streamed(
     if num_actors == 0:
         yield from _here((block for stretch in stretches for block in stretch.blocks()), made_from)
         return
-    quiet().target_max_block_size = 1 << 20  # blocks leave a reader before its corpus is read
-    items = [{"stretch": pickle.dumps(stretch)} for stretch in stretches]
-    # Reading takes no CPU of its own: the actors may have them all.
-    blocks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _read, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=READERS)
-    )
+    context = quiet()
+    if sum(len(stretch.texts) for stretch in stretches) <= SMALL:
+        records = [block for stretch in stretches for block in stretch.blocks()]
+        blocks = ray.data.from_items(records, override_num_blocks=len(records))
+    else:
+        context.target_max_block_size = 1 << 20  # blocks leave a reader before its corpus is read
+        items = [{"stretch": pickle.dumps(stretch)} for stretch in stretches]
+        # Reading takes no CPU of its own: the actors may have them all.
+        blocks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            _read, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=READERS)
+        )
     yield from by_actors(blocks, _Embedder, made_from, num_actors, cpus, use_gpu, name)
 
 

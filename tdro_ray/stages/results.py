@@ -22,7 +22,12 @@ def tests_of(run: Run) -> dict[str, RetrievalTest]:
     from tdro_ray.data.layouts import open_test
 
     tests = {c.name: test for c in collections(run) if (test := c.test())}
-    tests |= {folder.name: open_test(folder) for folder in extra_tests(run.recipe)}
+    for folder in extra_tests(run.recipe):
+        if folder.name in tests:
+            raise DataError(
+                f"Two tests are called {folder.name!r}, one of them {folder} of evaluate.extra_tests. Rename that folder."
+            )
+        tests[folder.name] = open_test(folder)
     if not tests:
         raise DataError(
             "No task has a test split. Put corpus.jsonl, queries.jsonl and qrels/test.tsv into a task folder, or set evaluate.extra_tests."

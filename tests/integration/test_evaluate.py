@@ -67,6 +67,7 @@ def settings(num_actors: int) -> dict:
 def test_streamed_as_in_one_pass(
     model: Path, tests: dict[str, RetrievalTest], num_actors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(encode, "SMALL", 0)
     encoder, seen = Encoder.load(model), []
     metrics, queries, runs = evaluate_model(
         model, tests, **settings(num_actors), progress=lambda done, total: seen.append((done, total))
@@ -91,7 +92,10 @@ def test_streamed_as_in_one_pass(
 
 
 @pytest.mark.parametrize("num_actors", [0, 1])
-def test_a_bad_document_is_one_message(model: Path, tmp_path: Path, num_actors: int) -> None:
+def test_a_bad_document_is_one_message(
+    model: Path, tmp_path: Path, num_actors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "SMALL", 0)
     write_beir(tmp_path, RetrievalTest((Passage("d", "text"),), {"q": "asked"}, {"q": {"d": 1}}))
     (tmp_path / "corpus.jsonl.gz").unlink()
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"_id": "d", "text": "t"}) + '\n{"_id": "e"}\n')
@@ -107,4 +111,3 @@ def test_an_empty_corpus_and_repeated_ids(model: Path) -> None:
     twice = replace(test, corpus=tuple(Passage("d", f"text {n}") for n in range(2)))
     with pytest.raises(DataError, match="corpus ids hold 'd' more than once"):
         evaluate_model(model, {"t": twice}, **settings(0))
-    assert encode.BLOCK_TEXTS == 256

@@ -1,6 +1,7 @@
 """Ingest from an object store and from a hub dataset on a real Ray: the rows of a folder, incremental, clear when it fails."""
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from s3 import s3_service
 from tiny import make_collections
 
-from tdro_ray.config import Recipe
+from tdro_ray.config import ModelSettings, Recipe, TinyModel
 from tdro_ray.data.clean import clean
 from tdro_ray.data.collection import CollectionStore
 from tdro_ray.data.formats import read
@@ -21,6 +22,9 @@ from tdro_ray.data.layouts import open_test
 from tdro_ray.data.place import place
 from tdro_ray.data.sources import discover
 from tdro_ray.errors import DataError
+from tdro_ray.evaluate import encode
+from tdro_ray.model.build import build_base
+from tdro_ray.types import RetrieverSpec
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +70,29 @@ def test_a_bucket_gives_what_the_folder_gives_and_only_changes_are_read_again(s3
     assert again["hard"].rows == there["hard"].rows + 1 and sum("up to date" in line for line in lines) == 3
 
 
-def test_a_test_in_a_bucket_is_evaluated_and_kept_out_of_training(s3: Any, tmp_path: Path) -> None:
+def test_a_test_in_a_bucket_is_evaluated_and_kept_out_of_training(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = make_collections(tmp_path / "source")
     upload(s3, source / "easy", "tests/far")
     folder = place("s3://sets/tests/far")
     test = open_test(folder)
     assert len(test.corpus) == 10 and {p.docid for p in test.corpus} == {f"deasy{n}" for n in range(60, 70)}
+    model, alone = tmp_path / "model", open_test(source / "easy")
+    tiny = TinyModel(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24, vocab_size=300)
+    build_base(ModelSettings(tiny=tiny), RetrieverSpec(query_length=8, passage_length=8), iter(["bada"]), model, 0)
+    monkeypatch.setattr(encode, "SMALL", 0)  # workers read the bucket
+    found = [encode.evaluate_model(model, {"t": t}, 1, 1.0, False, 512, 10, 20, "t") for t in (test, alone)]
+    assert found[0] == found[1]
+
     asked = next(iter(test.queries.values()))
     (tmp_path / "train").mkdir()
     rows = [[asked, "a text"], *([f"query number {n} of many", f"text {n}"] for n in range(30))]
     (tmp_path / "train" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = recipe(str(tmp_path / "train"), dev_queries=0)
     ingest(settings, tmp_path / "store")
-    found = clean(settings.data.clean, tmp_path / "store", ["train"], [folder], "key", tmp_path / "out")
-    assert found["train"]["counts"]["contaminated"] == 1
+    cleaned = clean(settings.data.clean, tmp_path / "store", ["train"], [folder], "key", tmp_path / "out")
+    assert cleaned["train"]["counts"]["contaminated"] == 1
     assert CollectionStore(tmp_path / "store")["train"].manifest.rows == 30
 
 
@@ -110,6 +123,28 @@ def test_a_service_that_refuses_or_does_not_answer(s3: Any, monkeypatch: pytest.
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the discard port: nobody listens
     with pytest.raises(DataError, match=r"s3://sets/all cannot be read: .*Check bucket, path and network.*AWS_PROFILE"):
         discover(["s3://sets/all"])
+
+
+@pytest.mark.long  # the timeouts and retries of pyarrow's S3 client
+def test_a_service_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        with pytest.raises(DataError, match=r"cannot be read: .*NETWORK_CONNECTION"):
+            discover([f"s3://sets/all?scheme=http&endpoint_override=127.0.0.1:{server.getsockname()[1]}&region=x"])
+
+
+def test_without_credentials(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, rights in (("public", "public-read"), ("private", "private")):
+        s3.put_object(Bucket="sets", Key=f"{name}/train.jsonl", Body=b'["q", "p"]\n', ACL=rights)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (task,) = discover(["s3://anonymous@sets/public"])
+    assert [row.query for row in read(*task.files[0])] == ["q"]
+    assert str(task.files[0][0]) == "s3://anonymous@sets/public/train.jsonl"
+    (task,) = discover(["s3://anonymous@sets/private"])
+    with pytest.raises(DataError, match=r"private/train.jsonl cannot be read: .*ACCESS_DENIED.*AWS_ACCESS_KEY_ID"):
+        list(read(*task.files[0]))
 
 
 def test_an_object_that_goes_away_in_between(s3: Any, tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tdro_ray.config import Recipe
 from tdro_ray.data.count import count_rows
 from tdro_ray.data.formats import Reject, read
 from tdro_ray.data.layouts import corpus_files, layout_of, open_test, qrels_lines, read_judged
 from tdro_ray.data.sources import discover
 from tdro_ray.errors import DataError
+from tdro_ray.stages import results
 from tdro_ray.types import Passage, Row
 
 
@@ -147,3 +150,13 @@ def test_dev_judgements_of_a_beir_folder_are_a_test_where_it_has_no_other(tmp_pa
     assert read_judged(tmp_path) == ({"q": "asked"}, {"q": {"d": 1}})
     put(tmp_path / "qrels" / "test.tsv", ["q\td\t2"])
     assert read_judged(tmp_path)[1] == {"q": {"d": 2}}
+
+
+def test_extra_tests_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [make_miracl(tmp_path / where, "{folder}") for where in ("a", "b")]
+    monkeypatch.setattr(results, "collections", lambda run: [])
+    recipe = Recipe.model_validate({"evaluate": {"extra_tests": [str(folders[0])]}})
+    assert list(results.tests_of(SimpleNamespace(recipe=recipe))) == ["miracl-v1.0-sw"]
+    recipe = Recipe.model_validate({"evaluate": {"extra_tests": list(map(str, folders))}})
+    with pytest.raises(DataError, match=r"Two tests are called 'miracl-v1.0-sw'.*Rename"):
+        results.tests_of(SimpleNamespace(recipe=recipe))

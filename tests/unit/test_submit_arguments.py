@@ -32,6 +32,14 @@ def here(tmp_path, monkeypatch):
             "run quickstart --set data.sources=[data,environment]",
             "run quickstart --set data.sources=[{here}/data, environment]",
         ),
+        (
+            "run quickstart --set data.sources=[s3://bucket/data,hf:org/name,data]",
+            "run quickstart --set data.sources=[s3://bucket/data, hf:org/name, {here}/data]",
+        ),
+        (
+            "run quickstart --set evaluate.extra_tests=[gs://b/t]",
+            "run quickstart --set evaluate.extra_tests=[gs://b/t]",
+        ),
         ("run quickstart --set data.store=new", "run quickstart --set data.store={here}/new"),
         ("run quickstart --set model.name=org/model", "run quickstart --set model.name=org/model"),
         ("run quickstart --set model.name=/abs/model", "run quickstart --set model.name=/abs/model"),
