@@ -32,6 +32,7 @@ class Args(Body):
     model: str  # model folder
     index: str | None = None  # index folder; none serves embeddings only
     device: str = "cpu"  # or "cuda"
+    index_device: str = "cpu"  # or "cuda": FAISS on a GPU, for Flat and IVF kinds
     num_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.5, ge=0)  # per replica; half a CPU lets two of them, or a stage beside it, fit two cores
     num_gpus: float = Field(0.0, ge=0)  # per replica
@@ -55,7 +56,14 @@ class Retriever:
             check_binding(listening[0], self.key_digests)
         _set_threads(self.args.threads)
         merger = partial(_merge_in_task, num_cpus=self.args.merge_cpus)
-        self.engine = Engine.open(self.args.model, self.args.index, self.args.device, self.args.limits, merger=merger)
+        self.engine = Engine.open(
+            self.args.model,
+            self.args.index,
+            self.args.device,
+            self.args.limits,
+            merger=merger,
+            index_device=self.args.index_device,
+        )
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(self.engine, self.key_digests)
@@ -99,6 +107,7 @@ def start(
     *,
     num_cpus: float = 0.5,
     device: str = "cpu",
+    index_device: str = "cpu",
     timeout_s: float = 180.0,
 ) -> str:
     """Serve on the connected Ray and return the URL once it answers; port 0 takes a free one.
@@ -112,9 +121,10 @@ def start(
         model=str(model_folder),
         index=str(index_folder) if index_folder else None,
         device=device,
+        index_device=index_device,
         num_replicas=num_replicas,
         num_cpus=num_cpus,
-        num_gpus=1.0 if device == "cuda" else 0.0,
+        num_gpus=1.0 if "cuda" in (device, index_device) else 0.0,
         key_digests=digests,
     )
     _check_inputs(args)

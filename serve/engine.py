@@ -55,11 +55,13 @@ class Engine:
         limits: Limits | None = None,
         index_folder: Path | None = None,
         merger: Merger | None = None,
+        index_device: str = "cpu",
     ) -> None:
         self.encoder, self.index, self.name, self.model_hash = encoder, index, name, model_hash
         self.limits, self.index_folder = limits or Limits(), index_folder
         if index is not None:
             self._check_fits(index)
+        self.index_device = index_device
         self.started = time.time()
         self.closing = False
         self._last_forward = 0.0
@@ -77,13 +79,14 @@ class Engine:
         device: str = "cpu",
         limits: Limits | None = None,
         merger: Merger | None = None,
+        index_device: str = "cpu",
     ) -> Engine:
         """Load a model folder and the current index version. Raises CheckpointError, DataError, or ConfigError for a
         model that is not the index's."""
         from tdro_ray.model.load import load_encoder
 
         model_folder = Path(model_folder)
-        index = RetrievalIndex.open(index_folder) if index_folder else None
+        index = RetrievalIndex.open(index_folder, index_device) if index_folder else None
         return cls(
             load_encoder(model_folder, device),
             index,
@@ -92,6 +95,7 @@ class Engine:
             limits=limits,
             index_folder=Path(index_folder) if index_folder else None,
             merger=merger,
+            index_device=index_device,
         )
 
     # ------------------------------------------------------------ requests
@@ -162,7 +166,7 @@ class Engine:
         with self._refreshing:
             if versions.current(self.index_folder).name == self.index.version:
                 return False
-            index = RetrievalIndex.open(self.index_folder)
+            index = RetrievalIndex.open(self.index_folder, self.index_device)
             self._check_fits(index)
             self.index = index
         log.info("Serving index version %s (%d documents)", index.version, len(index))

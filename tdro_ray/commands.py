@@ -187,7 +187,14 @@ def _serve(run: Run, arguments: argparse.Namespace) -> None:
     index = Path(arguments.index) if arguments.index else stages.index_folder(run)
     model = Path(arguments.model) if arguments.model else _indexed_model(run)
     _connect(run.recipe)
-    url = deployment.start(model, index, host=settings.host, port=settings.port, num_replicas=settings.num_replicas)
+    url = deployment.start(
+        model,
+        index,
+        host=settings.host,
+        port=settings.port,
+        num_replicas=settings.num_replicas,
+        index_device=run.recipe.index.device,
+    )
     print(f"Serving {model} at {url}  (search page: {url}/, API: {url}/docs). Stop with Ctrl-C.", flush=True)
     try:
         while True:
@@ -227,6 +234,7 @@ def _sample_searches(run: Run) -> None:
             host=settings.host,
             port=settings.port,
             num_replicas=settings.num_replicas,
+            index_device=run.recipe.index.device,
         )
         try:
             progress.update(f"asking {url}/search")

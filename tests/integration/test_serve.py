@@ -245,6 +245,28 @@ def test_shipped_config_builds_the_application() -> None:
     assert built._bound_deployment.name == application.deployments[0].name
 
 
+def test_cells_filled_by_actors_are_those_filled_in_one_process(
+    url: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tdro_ray.index import build as module
+    from tdro_ray.index import faiss_index
+    from tdro_ray.index.base import RetrievalIndex
+
+    monkeypatch.setattr(module, "ADD_ROWS", 300)
+    progress: list[tuple[str, int, int]] = []
+    manifest = build(model, tmp_path, 1000, factory="IVF8,SQ8", progress=lambda *step: progress.append(step))
+    assert [step[1:] for step in progress if step[0] == "index"] == [(n, 1000) for n in (300, 600, 900, 1000)]
+    index = RetrievalIndex.open(tmp_path)
+    alone, facts = faiss_index.build(index.store.vector_blocks, 1000, 64, "IVF8,SQ8")
+    assert {key: manifest[key] for key in facts} == facts
+    queries = index.store.vector_range(100, 140)
+    assert np.array_equal(index.store.vectors(np.arange(100, 140)), queries)
+    for found, expected in zip(
+        faiss_index.search(index.faiss, queries, 10), faiss_index.search(alone, queries, 10), strict=True
+    ):
+        np.testing.assert_array_equal(np.sort(found), np.sort(expected))  # equal texts tie
+
+
 def test_failed_build_leaves_the_current_version(url: str, model: Path, index: Path) -> None:
     before = (index / "current").read_text()
     with pytest.raises(ConfigError, match="wants 64 cells"):
