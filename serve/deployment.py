@@ -38,6 +38,7 @@ class Args(Body):
     dtype: Dtype = (
         "auto"  # of torch's matrix products: "float32", "bfloat16"; auto: bfloat16 where fast and exact enough
     )
+    index_device: str = "cpu"  # or "cuda": FAISS on a GPU, for Flat and IVF kinds
     num_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.5, ge=0)  # per replica; half a CPU lets two of them, or a stage beside it, fit two cores
     num_gpus: float = Field(0.0, ge=0)  # per replica
@@ -73,6 +74,7 @@ class Retriever:
             threads=threads,
             cache_bytes=self.args.cache_mb << 20,
             merger=partial(_merge_in_task, num_cpus=self.args.merge_cpus),
+            index_device=self.args.index_device,
         )
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -130,7 +132,7 @@ def start(
         index=str(index_folder) if index_folder else None,
         num_replicas=num_replicas,
         key_digests=digests,
-        **{"num_gpus": 1.0 if options.get("device") == "cuda" else 0.0, **options},
+        **{"num_gpus": 1.0 if "cuda" in (options.get("device"), options.get("index_device")) else 0.0, **options},
     )
     _check_inputs(args)
     port = _claim(host, port)

@@ -72,11 +72,13 @@ class Engine:
         index_folder: Path | None = None,
         cache_bytes: int = 0,
         merger: Merger | None = None,
+        index_device: str = "cpu",
     ) -> None:
         self.encoder, self.index, self.name, self.model_hash = encoder, index, name, model_hash
         self.limits, self.index_folder = limits or Limits(), index_folder
         if index is not None:
             self._check_fits(index)
+        self.index_device = index_device
         self.started = time.time()
         self.closing = False
         self.cache = VectorCache(cache_bytes)
@@ -102,6 +104,7 @@ class Engine:
         threads: int = 0,
         cache_bytes: int = 0,
         merger: Merger | None = None,
+        index_device: str = "cpu",
     ) -> Engine:
         """Load a model folder and the current index version; `backend`, `dtype` and `threads` as in `load_encoder`,
         `cache_bytes` of vectors of texts seen before.
@@ -110,7 +113,7 @@ class Engine:
         source = ModelFolder(
             model_folder, functools.partial(load_encoder, model_folder, device, backend, dtype, threads)
         )
-        index = RetrievalIndex.open(index_folder) if index_folder else None
+        index = RetrievalIndex.open(index_folder, index_device) if index_folder else None
         engine = cls(
             source.load(),
             index,
@@ -120,6 +123,7 @@ class Engine:
             index_folder=Path(index_folder) if index_folder else None,
             cache_bytes=cache_bytes,
             merger=merger,
+            index_device=index_device,
         )
         engine.source = source
         return engine
@@ -308,7 +312,8 @@ class Engine:
         if self.index_folder is not None:
             folder = versions.current(self.index_folder)
             versions.check_same_model(versions.manifest(folder), self.name, model_hash)
-            index = RetrievalIndex(folder)
+            index = RetrievalIndex.open(self.index_folder, self.index_device)
+            versions.check_same_model(index.manifest, self.name, model_hash)  # another may be current by now
         encoder = source.load()
         if index is not None:
             self._check_dimensions(index, encoder)
@@ -321,7 +326,7 @@ class Engine:
         with self._refreshing:
             if versions.current(self.index_folder).name == self.index.version:
                 return False
-            index = RetrievalIndex.open(self.index_folder)
+            index = RetrievalIndex.open(self.index_folder, self.index_device)
             self._check_fits(index)
             self.index = index
         log.info("Serving index version %s (%d documents)", index.version, len(index))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tdro_ray import index_commands
-from tdro_ray.config import Recipe, ServeSettings
+from tdro_ray.config import Recipe
 from tdro_ray.display import display, table
 from tdro_ray.errors import ConfigError, ResourceError
 from tdro_ray.pipeline import Progress, Run, Stage, key_of, write_json
@@ -189,7 +189,7 @@ def _serve(run: Run, arguments: argparse.Namespace) -> None:
     _connect(run.recipe)
     from serve import deployment  # after the connection has settled the environment
 
-    url = deployment.start(model, index, **_serve_options(settings))
+    url = deployment.start(model, index, **_serve_options(run.recipe))
     print(f"Serving {model} at {url}  (search page: {url}/, API: {url}/docs). Stop with Ctrl-C.", flush=True)
     try:
         while True:
@@ -198,8 +198,8 @@ def _serve(run: Run, arguments: argparse.Namespace) -> None:
         deployment.stop()
 
 
-def _serve_options(settings: ServeSettings) -> dict[str, Any]:
-    return settings.model_dump(exclude={"queries", "k", "proxy"})
+def _serve_options(recipe: Recipe) -> dict[str, Any]:
+    return {**recipe.serve.model_dump(exclude={"queries", "k", "proxy"}), "index_device": recipe.index.device}
 
 
 def _for_backend(run: Run, model: Path) -> Path:
@@ -243,7 +243,7 @@ def _sample_searches(run: Run) -> None:
 
         progress.update("starting the service")
         url = deployment.start(
-            _for_backend(run, _indexed_model(run)), stages.index_folder(run), **_serve_options(settings)
+            _for_backend(run, _indexed_model(run)), stages.index_folder(run), **_serve_options(run.recipe)
         )
         try:
             progress.update(f"asking {url}/search")

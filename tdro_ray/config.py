@@ -310,6 +310,7 @@ class IndexSettings(Settings):
     factory: str = "Flat"  # any faiss.index_factory string; inner product on unit vectors
     model: str = ""  # name of the evaluated model to index with; "" takes the best mean nDCG@10
     tasks: tuple[str, ...] = ()  # tasks whose passages are indexed; () takes all
+    device: Literal["cpu", "cuda"] = "cpu"  # where FAISS builds and `tdro serve` searches; cuda: Flat and IVF kinds
 
 
 class ServeSettings(Settings):

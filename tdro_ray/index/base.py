@@ -51,13 +51,13 @@ class ChangesFullError(ResourceError):
 class RetrievalIndex:
     """One opened version with the changes made since; safe to use from several threads."""
 
-    def __init__(self, version_folder: Path, log: ChangeLog | None = None) -> None:
+    def __init__(self, version_folder: Path, log: ChangeLog | None = None, device: str = "cpu") -> None:
         self.folder, self.log = Path(version_folder), log
         self.version = self.folder.name
         self.manifest = versions.manifest(self.folder)
         self.dim: int = self.manifest["dim"]
         self.store = DocumentStore(self.folder / "documents.lance")
-        self.faiss = faiss_index.load(self.folder / "index.faiss")
+        self.faiss = faiss_index.to_device(faiss_index.load(self.folder / "index.faiss"), device)
         if not self.faiss.ntotal == len(self.store) == self.manifest["documents"]:
             raise DataError(
                 f"Index version {self.folder} does not fit together: {self.faiss.ntotal} vectors, {len(self.store)} documents, "
@@ -68,12 +68,16 @@ class RetrievalIndex:
         self.overlay.view()
 
     @classmethod
-    def open(cls, out_folder: str | Path) -> RetrievalIndex:
-        """Open the current version under `out_folder`, and follow its changes. Raises DataError where none is complete."""
+    def open(cls, out_folder: str | Path, device: str = "cpu") -> RetrievalIndex:
+        """Open the current version under `out_folder`, and follow its changes.
+
+        `device` "cuda" holds the vectors on a GPU. Raises DataError where no version is complete, ConfigError where the
+        device is not there.
+        """
         while True:
             folder = versions.current(out_folder)
             try:
-                return cls(folder, ChangeLog(out_folder))
+                return cls(folder, ChangeLog(out_folder), device)
             except (DataError, OSError, ValueError):  # two merges later its files are gone
                 if versions.current(out_folder) == folder:
                     raise

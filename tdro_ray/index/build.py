@@ -2,8 +2,9 @@
 
     documents -> documents.lance -> (row ranges -> actors: take texts, encode -> vectors) -> FAISS -> manifest
 
-Only row ranges and vectors travel through Ray; the actors read the texts from the store, which must therefore lie
-on storage that every node sees. Nothing is published before the manifest is written, so a killed build leaves the
+Large indexes of cells are trained once, then filled by actors, each a copy of its own, and put together. Only row ranges,
+vectors and filled copies travel through Ray; the actors read from the store, which must therefore lie on storage that
+every node sees. Nothing is published before the manifest is written, so a killed build leaves the
 current version as it was.
 """
 
@@ -14,6 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,12 @@ import pyarrow as pa
 from tdro_ray.errors import CheckpointError, DataError
 from tdro_ray.index import faiss_index, store, versions
 from tdro_ray.index.changes import ChangeLog
+from tdro_ray.index.recall import Exact
 
 RANGE_ROWS = 1024  # documents embedded per Ray Data row
+ADD_ROWS = (
+    131_072  # vectors added per Ray Data row, to a copy of the trained cells; fewer in all are added in one process
+)
 
 Progress = Callable[[str, int, int], None]  # phase ("embed", "index"), documents done, documents in all
 
@@ -42,11 +48,12 @@ def build_index(
     *,
     target_recall: float = 0.98,
     min_recall: float = 0.0,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Build a version from ``(id, title, text, metadata)`` documents, make it current, return its manifest.
 
     `factory` is a FAISS factory string or "auto" (chosen by size). The search is widened until `target_recall`;
-    below `min_recall` the build fails.
+    below `min_recall` the build fails. `device` "cuda" builds the FAISS index on a GPU.
     Raises DataError (documents, recall), ConfigError (factory), CheckpointError (model), ResourceError (another
     build into the folder runs).
     """
@@ -61,7 +68,9 @@ def build_index(
         with contextlib.closing(embed):  # an error stops the actors too
             vectors = _gather(embed, folder / "vectors.npy", count, factory, progress)
         record = {"version": name, "model": model, "merged_seq": merged_seq}
-        complete(folder, record, vectors, fields, rules, started, progress)
+        add = partial(_add_shards, folder, count, num_actors, cpus_per_actor, progress)
+        spread = device == "cpu" and count > ADD_ROWS
+        complete(folder, record, vectors, fields, rules, started, progress, device, add if spread else None)
     return versions.manifest(Path(out_folder) / "versions" / name)
 
 
@@ -73,6 +82,8 @@ def complete(
     rules: dict[str, Any],
     started: float,
     progress: Progress | None = None,
+    device: str = "cpu",
+    add: faiss_index.Add | None = None,
 ) -> None:
     """Make a version of a folder that holds documents.lance: add the vectors, the FAISS index, and last the manifest.
 
@@ -91,6 +102,8 @@ def complete(
         target_recall=rules["target_recall"],
         min_recall=rules["min_recall"],
         progress=(lambda done, total: progress("index", done, total)) if progress else None,
+        device=device,
+        add=add,
     )
     faiss_index.save(index, folder / "index.faiss")
     (folder / "vectors.npy").unlink()
@@ -174,6 +187,66 @@ def _embed(
     except ray.exceptions.RayTaskError as err:  # the user's mistake, without the actor's traceback
         cause = err.cause if isinstance(err.cause, Exception) else err
         raise CheckpointError(f"The documents could not be embedded with the model {model_folder}: {cause}") from err
+
+
+class _Adder:
+    """A Ray Data actor: row ranges in, the trained index filled with their vectors out, and the queries' best among them."""
+
+    def __init__(self, documents: str, trained: Any, queries: Any) -> None:
+        import ray
+
+        self.store = store.DocumentStore(documents)
+        self.trained, self.queries = ray.get(trained), ray.get(queries)
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        import faiss
+
+        for first, last in zip(batch["start"].to_pylist(), batch["stop"].to_pylist(), strict=True):
+            shard, truth = faiss.deserialize_index(self.trained), Exact(self.queries)
+            for start in range(first, last, store.BATCH_ROWS):
+                stop = min(start + store.BATCH_ROWS, last)
+                block = self.store.vector_range(start, stop)
+                shard.add_with_ids(block, np.arange(start, stop))
+                truth.add(block, start)
+            columns = {"index": faiss.serialize_index(shard), "scores": truth.scores, "rows": truth.rows}
+            yield pa.table({key: pa.array([value.tobytes()], pa.large_binary()) for key, value in columns.items()})
+
+
+def _add_shards(
+    folder: Path,
+    count: int,
+    num_actors: int,
+    cpus_per_actor: float,
+    progress: Progress | None,
+    index: Any,
+    truth: Exact,
+) -> int:
+    """Fill a trained `shardable` index from documents.lance by Ray Data actors, and `truth`; return the vectors added."""
+    import faiss
+    import ray
+
+    ranges = [pa.table({"start": [at], "stop": [min(at + ADD_ROWS, count)]}) for at in range(0, count, ADD_ROWS)]
+    dataset = ray.data.from_arrow(ranges).map_batches(
+        _Adder,
+        fn_constructor_kwargs={
+            "documents": str(folder / "documents.lance"),
+            "trained": ray.put(faiss.serialize_index(index)),
+            "queries": ray.put(truth.queries),
+        },
+        batch_format="pyarrow",
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(ranges))),
+        num_cpus=cpus_per_actor,
+    )
+    dataset.set_name("tdro-index-add")
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in table.to_pylist():
+            index.merge_from(faiss.deserialize_index(np.frombuffer(row["index"], np.uint8)), 0)
+            scores = np.frombuffer(row["scores"], np.float32).reshape(len(truth.queries), -1)
+            truth.merge(scores, np.frombuffer(row["rows"], np.int64).reshape(scores.shape))
+        if progress:
+            progress("index", index.ntotal, count)
+    return int(index.ntotal)
 
 
 def _gather(tables: Iterator[pa.Table], path: Path, count: int, factory: str, progress: Progress | None) -> np.ndarray:

@@ -6,7 +6,7 @@ and whether it must be trained; these three questions are answered here and nowh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,14 @@ import numpy as np
 
 from tdro_ray.errors import ConfigError, DataError
 from tdro_ray.index.filters import FilterError
+from tdro_ray.index.recall import RECALL_AT, Blocks, Exact, sample, widen
 
 EF_CONSTRUCTION = 200  # HNSW: candidates per inserted vector
 EF_SEARCH = (32, 64, 128, 256, 512)  # tried in turn at build until the recall is reached
 REFINE_FACTOR = 8  # "…,RFlat": candidates compared exactly, times k
 MAX_TRAIN_ROWS = 262_144  # vectors a trained kind sees; FAISS itself takes at most 256 per centroid
-RECALL_AT = 10
-RECALL_QUERIES = 200
-RECALL_NOISE = 1.0  # 2-norm of what is added to a document's vector to make a query: cosine about 0.7
-TIE = 1e-6  # scores this near to the tenth best count as the tenth best: equal documents have equal vectors
 
-Blocks = Callable[[], Iterator[np.ndarray]]  # a fresh pass over all vectors in row order, float32 (n, D) at a time
+Add = Callable[[Any, Exact], int]  # adds all vectors to a trained index, and to the exact answers; returns how many
 
 
 def preset(count: int) -> str:
@@ -76,16 +73,19 @@ def build(
     min_recall: float = 0.0,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    device: str = "cpu",
+    add: Add | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Return the index over `count` vectors and ``{"factory", "recall@10", "search"}``.
 
     The first pass takes a sample to train with and to make queries from, the second adds the vectors and searches
-    the queries exactly beside it. The search is then widened until `target_recall` (or what the kind can reach).
-    Raises ConfigError for a factory string that FAISS refuses or that wants more vectors than there are, DataError
-    where the recall stays below `min_recall`.
+    the queries exactly beside it; `add` does the second otherwise, for a kind that is `shardable`. The search is then
+    widened until `target_recall` (or what the kind can reach). `device` "cuda" trains and adds on a GPU.
+    Raises ConfigError for a factory string that FAISS refuses or that wants more vectors than there are, or a device
+    that is not there; DataError where the recall stays below `min_recall`.
     """
-    index = make(dim, factory, count)
-    train, queries = _sample(blocks, count, seed, MAX_TRAIN_ROWS if not index.is_trained else 0)
+    index = to_device(make(dim, factory, count), device)
+    train, queries = sample(blocks, count, seed, MAX_TRAIN_ROWS if not index.is_trained else 0)
     if not index.is_trained:
         try:
             index.train(train)
@@ -95,17 +95,21 @@ def build(
                 f"index.factory {factory!r} cannot be trained on {len(train)} vectors ({reason}). "
                 "Choose fewer cells or codes, or Flat, which needs no training."
             ) from err
-    truth = _Exact(queries, RECALL_AT + 40)
-    done = 0
-    for block in blocks():
-        index.add(block)
-        truth.add(block, done)
-        done += len(block)
-        if progress:
-            progress(done, count)
+    truth = Exact(queries)
+    if add is not None and shardable(index):
+        done = add(index, truth)
+    else:
+        done = 0
+        for block in blocks():
+            index.add(block)
+            truth.add(block, done)
+            done += len(block)
+            if progress:
+                progress(done, count)
     if done != count:
         raise DataError(f"{count} vectors were expected, {done} came; the documents changed while they were embedded.")
-    recall, width = _widen(index, queries, truth, target_recall)
+    index = to_cpu(index, device)
+    recall, width = widen(index, *_width(index), queries, truth, target_recall)
     if recall < min_recall:
         raise DataError(
             f"The index reaches recall@{RECALL_AT} {recall:.3f}, below the floor {min_recall:.3f}: {factory!r} is too coarse for "
@@ -172,6 +176,47 @@ def search_exact(
     return np.pad(scores, ((0, 0), (0, missing))), np.pad(found, ((0, 0), (0, missing)), constant_values=-1)
 
 
+def shardable(index: Any) -> bool:
+    """True for kinds whose parts, trained as one and filled apart, can be put together: plain cells."""
+    import faiss
+
+    return type(faiss.downcast_index(index)) in (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
+
+
+def to_device(index: Any, device: str) -> Any:
+    """Return the index on `device`: itself for "cpu", a copy on the first GPU for "cuda".
+
+    Raises ConfigError where FAISS or the machine has no GPU, or where the kind of index runs on CPUs only.
+    """
+    import faiss
+
+    if device == "cpu":
+        return index
+    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+        found = "sees no GPU" if hasattr(faiss, "StandardGpuResources") else "is built for CPUs"
+        raise ConfigError(
+            f"index.device={device} needs FAISS for GPUs; FAISS {faiss.__version__} here {found}. Install the extra `gpu` in place "
+            "of `cpu` on a machine with a GPU, or set index.device=cpu."
+        )
+    resources = faiss.StandardGpuResources()
+    try:
+        copy = faiss.index_cpu_to_gpu(resources, 0, index)
+    except RuntimeError as err:
+        kind = type(faiss.downcast_index(index)).__name__
+        raise ConfigError(
+            f"An index of kind {kind} runs on CPUs only; choose Flat or IVF…, or index.device=cpu."
+        ) from err
+    copy.referenced_objects = [resources]  # they must live as long as the index
+    return copy
+
+
+def to_cpu(index: Any, device: str) -> Any:
+    """Undo `to_device`."""
+    import faiss
+
+    return index if device == "cpu" else faiss.index_gpu_to_cpu(index)
+
+
 def is_exact(index: Any) -> bool:
     """True for a Flat index, which compares with every vector."""
     import faiss
@@ -199,74 +244,6 @@ def load(path: str | Path) -> Any:
         ) from err
 
 
-def _sample(blocks: Blocks, count: int, seed: int, train_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Seeded sample of vectors to train with, and queries near sampled vectors: (n, D) and (Q, D)."""
-    rng = np.random.default_rng(seed)
-    train_at = np.sort(rng.choice(count, min(count, train_rows), replace=False))
-    query_at = np.sort(rng.choice(count, min(count, RECALL_QUERIES), replace=False))
-    train, near, start = [], [], 0
-    for block in blocks():
-        inside = lambda at: at[(at >= start) & (at < start + len(block))] - start  # noqa: B023, E731
-        train.append(block[inside(train_at)])
-        near.append(block[inside(query_at)])
-        start += len(block)
-    base = np.concatenate(near)
-    queries = base + rng.standard_normal(base.shape) * (RECALL_NOISE / base.shape[1] ** 0.5)
-    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    return np.concatenate(train), queries.astype(np.float32)
-
-
-class _Exact:
-    """Exact best rows of a few queries, over blocks as they pass."""
-
-    def __init__(self, queries: np.ndarray, depth: int) -> None:
-        self.queries, self.depth = queries, depth
-        self.scores = np.zeros((len(queries), 0), np.float32)
-        self.rows = np.zeros((len(queries), 0), np.int64)
-
-    def add(self, block: np.ndarray, start: int) -> None:
-        import faiss
-
-        scores, rows = faiss.knn(self.queries, block, min(self.depth, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
-        scores, rows = np.hstack([self.scores, scores]), np.hstack([self.rows, rows + start])
-        best = np.argsort(-scores, axis=1, kind="stable")[:, : self.depth]
-        self.scores, self.rows = np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
-
-    def recall(self, found: np.ndarray) -> float:
-        """Mean share of the ten best that `found` (Q, 10) holds; rows that tie with the tenth stand for it."""
-        depth = min(RECALL_AT, self.rows.shape[1])
-        shares = []
-        for scores, rows, answer in zip(self.scores, self.rows, found, strict=True):
-            good = rows[scores >= scores[depth - 1] - TIE]
-            shares.append(min(len(np.intersect1d(good, answer)), depth) / depth)
-        return float(np.mean(shares))
-
-
-def _widen(index: Any, queries: np.ndarray, truth: _Exact, target: float) -> tuple[float, dict[str, int]]:
-    """Set the narrowest search that reaches `target`, or comes within 0.005 of the best; return recall and setting."""
-    import faiss
-
-    graph, cells = _find(index, faiss.IndexHNSW), _find(index, faiss.IndexIVF)
-    if graph is None and cells is None:
-        return truth.recall(index.search(queries, RECALL_AT)[1]), {}
-    name = "efSearch" if graph is not None else "nprobe"
-    owner = graph.hnsw if graph is not None else cells
-    widths = (
-        EF_SEARCH if graph is not None else tuple(2**i for i in range(cells.nlist.bit_length()) if 2**i <= cells.nlist)
-    )
-    tried: list[tuple[float, int]] = []
-    for width in widths:
-        setattr(owner, name, width)
-        tried.append((truth.recall(index.search(queries, RECALL_AT)[1]), width))
-        if tried[-1][0] >= target:
-            break
-    best = max(recall for recall, _ in tried)
-    enough = target if best >= target else best - 0.005
-    recall, width = next((r, w) for r, w in tried if r >= enough)
-    setattr(owner, name, width)
-    return recall, {name: width}
-
-
 def _inner(index: Any) -> Any | None:
     """The index that a wrapper (a pre-transform, a refinement) stands around, or None."""
     import faiss
@@ -286,6 +263,18 @@ def _find(index: Any, kind: type) -> Any | None:
     while index is not None and not isinstance(index, kind):
         index = _inner(index)
     return index
+
+
+def _width(index: Any) -> tuple[Any, str, tuple[int, ...]]:
+    """What widens the search of a kind: the object, its attribute, and the values to try in turn."""
+    import faiss
+
+    graph, cells = _find(index, faiss.IndexHNSW), _find(index, faiss.IndexIVF)
+    if graph is not None:
+        return graph.hnsw, "efSearch", EF_SEARCH
+    if cells is not None:
+        return cells, "nprobe", tuple(2**i for i in range(cells.nlist.bit_length()) if 2**i <= cells.nlist)
+    return None, "", ()
 
 
 def _parameters(index: Any, selector: Any) -> Any:

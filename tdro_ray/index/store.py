@@ -84,6 +84,10 @@ class DocumentStore:
         """Return the unit vectors of ascending row numbers, float32 (n, D)."""
         return matrix(self.dataset.take(np.asarray(rows).tolist(), columns=["vector"])["vector"])
 
+    def vector_range(self, start: int, stop: int) -> np.ndarray:
+        """Return the unit vectors of rows start .. stop - 1, float32 (n, D)."""
+        return matrix(self.dataset.to_table(columns=["vector"], offset=start, limit=stop - start)["vector"])
+
     def vector_blocks(self) -> Iterator[np.ndarray]:
         """Yield all vectors in row order, float32 (n, D) at a time."""
         for batch in self.dataset.to_batches(columns=["vector"], batch_size=BATCH_ROWS):

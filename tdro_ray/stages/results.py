@@ -115,7 +115,7 @@ def index(run: Run) -> dict[str, Any]:
     wanted = [c for c in collections(run) if not recipe.index.tasks or c.name in recipe.index.tasks]
     key = key_of(
         "index",
-        recipe.index.model_dump(mode="json"),
+        recipe.index.model_dump(mode="json", exclude={"device"}),  # it changes no result
         model_id,
         {c.name: [c.manifest.hash, c.manifest.source_key] for c in wanted},
     )
@@ -133,6 +133,7 @@ def index(run: Run) -> dict[str, Any]:
             scale.cpus_per_worker,
             scale.use_gpu,
             lambda phase, done, total: progress.update(f"{phase} {done:,} of {total:,}", done / max(1, total)),
+            device=recipe.index.device,
         )
         return f"{made['documents']:,} documents, {recipe.index.factory}, model {chosen}", {**made, "model": chosen}
 

@@ -203,6 +203,43 @@ def test_new_version_is_served_under_load_without_a_failed_request(url: str, mod
     assert {version for _, version in answers} == {"1", "2"}
 
 
+def test_documents_are_written_through_serve_and_merged_in_a_ray_task(url: str, model: Path, index: Path) -> None:
+    from serve import deployment
+    from tdro_ray.index.base import RetrievalIndex
+    from tdro_ray.index.build import embed_records
+    from tdro_ray.model.encoder import Encoder
+
+    record = {
+        "id": "guides/dates",
+        "title": "Dates",
+        "text": "parse iso date",
+        "metadata": {"task": "nq", "year": 5000},
+    }
+    status, body = call(f"{url}/documents", {"documents": [record]})
+    before = RetrievalIndex.open(index)
+    assert status == 200 and body == {"upserted": 1, "seq": 1, "index_version": before.version}
+    (expected,) = embed_records(Encoder.load(model), [{**record, "metadata": json.dumps(record["metadata"])}], 1024)
+    assert (before.overlay.view().vectors @ expected >= 0.9999).all()  # as the build would have embedded it
+    searched = {"queries": ["parse iso date"], "k": 1, "filter": {"year": {"gte": 5000}}}
+    hit = call(f"{url}/search", searched)[1]["results"][0][0]
+    assert {key: hit[key] for key in record} == record
+    with pytest.raises(DataError, match="no complete index"):  # the task's own error, not Ray's
+        deployment._merge_in_task(index.parent, num_cpus=0)
+    made = deployment._merge_in_task(index, num_cpus=0)
+    assert made is not None and made["documents"] == len(before) and made["merged_seq"] == 1
+    for _ in range(100):
+        info = call(f"{url}/info")[1]["index"]
+        if info["version"] == made["version"]:
+            break
+        threading.Event().wait(0.1)
+    assert info["version"] == made["version"] and info["changes"]["unmerged"] == 0
+    assert call(f"{url}/search", searched)[1]["results"][0] == [hit]
+    request = urllib.request.Request(f"{url}/documents/guides/dates", method="DELETE")
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
+        assert json.loads(answer.read()) == {"deleted": True, "seq": 2, "index_version": made["version"]}
+    assert call(f"{url}/search", searched)[1]["results"] == [[]]
+
+
 def test_shipped_config_builds_the_application() -> None:
     import yaml
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
@@ -216,6 +253,28 @@ def test_shipped_config_builds_the_application() -> None:
     assert application.name == deployment.APP_NAME and application.import_path == "serve.deployment:app"
     built = call_user_app_builder_with_args_if_necessary(deployment.app, application.args)
     assert built._bound_deployment.name == application.deployments[0].name
+
+
+def test_cells_filled_by_actors_are_those_filled_in_one_process(
+    url: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tdro_ray.index import build as module
+    from tdro_ray.index import faiss_index
+    from tdro_ray.index.base import RetrievalIndex
+
+    monkeypatch.setattr(module, "ADD_ROWS", 300)
+    progress: list[tuple[str, int, int]] = []
+    manifest = build(model, tmp_path, 1000, factory="IVF8,SQ8", progress=lambda *step: progress.append(step))
+    assert [step[1:] for step in progress if step[0] == "index"] == [(n, 1000) for n in (300, 600, 900, 1000)]
+    index = RetrievalIndex.open(tmp_path)
+    alone, facts = faiss_index.build(index.store.vector_blocks, 1000, 64, "IVF8,SQ8")
+    assert {key: manifest[key] for key in facts} == facts
+    queries = index.store.vector_range(100, 140)
+    assert np.array_equal(index.store.vectors(np.arange(100, 140)), queries)
+    for found, expected in zip(
+        faiss_index.search(index.faiss, queries, 10), faiss_index.search(alone, queries, 10), strict=True
+    ):
+        np.testing.assert_array_equal(np.sort(found), np.sort(expected))  # equal texts tie
 
 
 def test_failed_build_leaves_the_current_version(url: str, model: Path, index: Path) -> None:

@@ -164,6 +164,52 @@ def test_kind_without_selector_refuses_a_wide_filter(vectors: np.ndarray) -> Non
         faiss_index.search(index, vectors[:1], 3, np.arange(3000))
 
 
+def test_a_device_that_is_not_there_is_a_config_error(
+    vectors: np.ndarray, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import faiss
+
+    monkeypatch.delattr(faiss, "StandardGpuResources", raising=False)
+    with pytest.raises(ConfigError, match=r"index\.device=cuda needs FAISS for GPUs; FAISS .* is built for CPUs"):
+        faiss_index.build(lambda: iter([vectors]), len(vectors), DIM, "Flat", device="cuda")
+    with pytest.raises(ConfigError, match=r"or set index\.device=cpu"):
+        RetrievalIndex.open(built, "cuda")
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0, raising=False)
+    with pytest.raises(ConfigError, match="sees no GPU"):
+        RetrievalIndex.open(built, "cuda")
+
+
+def test_an_index_built_on_a_device_comes_back_and_is_the_same(
+    vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls alone, with a stand-in for the GPU."""
+    import faiss
+
+    went: list[str] = []
+
+    class Resources:
+        pass
+
+    def there(resources: Resources, device: int, index: object) -> object:
+        if isinstance(faiss.downcast_index(index), faiss.IndexHNSW):
+            raise RuntimeError("not implemented on GPU")
+        went.append(f"gpu {device}")
+        return index
+
+    monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", there, raising=False)
+    monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda index: went.append("cpu") or index, raising=False)
+    facts = faiss_index.build(lambda: iter([vectors]), len(vectors), DIM, "IVF16,Flat", device="cuda")[1]
+    assert (
+        went == ["gpu 0", "cpu"]
+        and facts == faiss_index.build(lambda: iter([vectors]), len(vectors), DIM, "IVF16,Flat")[1]
+    )
+    with pytest.raises(ConfigError, match="IndexHNSWFlat runs on CPUs only"):
+        faiss_index.build(lambda: iter([vectors]), len(vectors), DIM, "HNSW32", device="cuda")
+
+
 def test_torch_and_faiss_share_a_process(vectors: np.ndarray) -> None:
     import torch
 
