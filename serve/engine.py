@@ -64,6 +64,7 @@ class Engine:
         limits: Limits | None = None,
         index_folder: Path | None = None,
         cache_bytes: int = 0,
+        threads: int = 0,
     ) -> None:
         self.encoder, self.index, self.name, self.model_hash = encoder, index, name, model_hash
         self.limits, self.index_folder = limits or Limits(), index_folder
@@ -76,8 +77,10 @@ class Engine:
         self._inside, self._reloading = 0, False  # requests under way; whether others wait for a new model
         self._last_forward = 0.0
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenize")
-        self.embedder = Batcher(self._forward, self.limits.batch_tokens, self.limits.max_waiting, "embed")
-        self.searcher = Batcher(self._find, SEARCH_BATCH, self.limits.max_waiting, "search")
+        # OpenMP's number of threads belongs to the thread that asks for them; Ray starts a replica with one.
+        begin = functools.partial(_use_threads, threads)
+        self.embedder = Batcher(self._forward, self.limits.batch_tokens, self.limits.max_waiting, "embed", begin)
+        self.searcher = Batcher(self._find, SEARCH_BATCH, self.limits.max_waiting, "search", begin)
 
     @classmethod
     def open(
@@ -108,6 +111,7 @@ class Engine:
             limits=limits,
             index_folder=Path(index_folder) if index_folder else None,
             cache_bytes=cache_bytes,
+            threads=threads,
         )
         engine.source = source
         return engine
@@ -460,6 +464,16 @@ def _unit_vectors(vectors: Sequence[Sequence[float]], dim: int) -> np.ndarray:
         return unit_rows(np.array(vectors, np.float64), dim)
     except DataError as err:
         raise RequestError(422, "invalid_request", str(err)) from err
+
+
+def _use_threads(threads: int) -> None:
+    """Set how many threads torch and FAISS use for what the calling thread asks of them; 0 leaves it."""
+    if threads:
+        import faiss
+        import torch
+
+        torch.set_num_threads(threads)
+        faiss.omp_set_num_threads(threads)
 
 
 def _number(value: int) -> str:

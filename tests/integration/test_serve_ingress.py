@@ -27,15 +27,19 @@ TOPICS = ["parse iso date", "open socket timeout", "invert matrix", "read json f
 LIMITS = {"max_waiting": 64, "batch_tokens": 64}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_tiny(folder: Path) -> Path:
+    """Write a tiny model."""
     from tdro_ray.model.build import build_base
 
-    folder = tmp_path_factory.mktemp("model") / "tiny"
     tiny = TinyModel(hidden_size=64, num_layers=1, num_heads=2, intermediate_size=64, vocab_size=512)
     texts = itertools.islice(itertools.cycle(TOPICS), 600)
     build_base(ModelSettings(tiny=tiny), RetrieverSpec(query_length=32, passage_length=64), texts, folder, seed=0)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")
