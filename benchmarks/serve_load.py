@@ -129,8 +129,10 @@ def _run_uvicorn(app: Any) -> None:
 def _own_app(asked: dict[str, Any]) -> Any:
     from serve.api import create_app
     from serve.engine import Engine
+    from serve.schemas import Limits
 
     options = {key: asked[key] for key in ("dtype", "backend") if key in asked}
+    options["limits"] = Limits(**asked.get("limits", {}))
     return create_app(Engine.open(asked["model"], asked.get("index"), threads=os.cpu_count() or 1, **options))
 
 
