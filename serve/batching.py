@@ -56,12 +56,18 @@ class Batcher:
     """Runs `run(key, values) -> results` in a thread of its own over items that share a key.
 
     `budget` bounds the summed cost of a batch (one item alone may exceed it), `max_waiting` the items that wait.
+    `begin` runs first in the thread, for settings that a thread has of its own.
     """
 
     def __init__(
-        self, run: Callable[[Any, list[Any]], Sequence[Any]], budget: int, max_waiting: int, name: str
+        self,
+        run: Callable[[Any, list[Any]], Sequence[Any]],
+        budget: int,
+        max_waiting: int,
+        name: str,
+        begin: Callable[[], None] | None = None,
     ) -> None:
-        self._run, self._budget, self._max_waiting = run, budget, max_waiting
+        self._run, self._budget, self._max_waiting, self._begin = run, budget, max_waiting, begin
         self._items: deque[_Item] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -132,6 +138,8 @@ class Batcher:
         return batch
 
     def _work(self) -> None:
+        if self._begin is not None:
+            self._begin()
         while True:
             with self._changed:
                 while not self._items and not self._closed:

@@ -63,7 +63,6 @@ class Retriever:
         listening = _listening()
         if listening is not None:
             check_binding(listening[0], self.key_digests)
-        threads = _set_threads(self.args)
         self.engine = Engine.open(
             self.args.model,
             self.args.index,
@@ -71,7 +70,7 @@ class Retriever:
             self.args.limits,
             backend=self.args.backend,
             dtype=self.args.dtype,
-            threads=threads,
+            threads=_threads(self.args),
             cache_bytes=self.args.cache_mb << 20,
             merger=partial(_merge_in_task, num_cpus=self.args.merge_cpus),
             index_device=self.args.index_device,
@@ -269,13 +268,9 @@ def _merge_in_task(folder: Path, num_cpus: float) -> dict[str, Any] | None:
         raise (err.cause if isinstance(err.cause, Exception) else err) from None
 
 
-def _set_threads(args: Args) -> int:
-    """Set and return the threads of this replica. Ray sets OMP_NUM_THREADS to the CPUs that a replica reserves, which are
-    few so that others fit beside it; cores that idle would stay idle."""
-    import faiss
-
+def _threads(args: Args) -> int:
+    """The threads of this replica. Ray sets OMP_NUM_THREADS to the CPUs that a replica reserves, which are few so that
+    others fit beside it; cores that idle would stay idle."""
     node = ray.get_runtime_context().get_node_id()
     cpus = next((n["Resources"].get("CPU", 1) for n in ray.nodes() if n["NodeID"] == node), 1)
-    threads = args.threads or max(1, int(args.num_cpus), int(cpus) // args.num_replicas)
-    faiss.omp_set_num_threads(threads)
-    return threads
+    return args.threads or max(1, int(args.num_cpus), int(cpus) // args.num_replicas)

@@ -28,12 +28,13 @@ from serve.cache import VectorCache, text_key
 from serve.guard import RequestError
 from serve.reload import ModelFolder
 from serve.schemas import Limits
+from serve.texts import TextError, check_count, check_task, check_texts, number, tokenize
 from serve.writer import Merger, Writer
-from tdro_ray.errors import ConfigError, DataError, TdroError, nearest
+from tdro_ray.errors import ConfigError, DataError, TdroError
 from tdro_ray.index import versions
 from tdro_ray.index.base import Hit, RetrievalIndex, unit_rows
 from tdro_ray.index.changes import StaleError
-from tdro_ray.index.filters import FilterError, is_unicode
+from tdro_ray.index.filters import FilterError
 from tdro_ray.model.load import Backend, Dtype, load_encoder
 
 SEARCH_BATCH = 64  # vectors per FAISS call
@@ -44,18 +45,6 @@ FRESH_S = 10.0  # a forward this recent shows that the model works
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-
-class TextError(RequestError):
-    """A text that the model cannot read, by its place in the request."""
-
-    def __init__(self, place: int, message: str) -> None:
-        super().__init__(422, "invalid_request", f"texts[{place}] {message}")
-        self.place, self.reason = place, message
-
-    def at(self, place: int) -> TextError:
-        """The same of a text at another place."""
-        return TextError(place, self.reason)
 
 
 class Engine:
@@ -71,6 +60,7 @@ class Engine:
         limits: Limits | None = None,
         index_folder: Path | None = None,
         cache_bytes: int = 0,
+        threads: int = 0,
         merger: Merger | None = None,
         index_device: str = "cpu",
     ) -> None:
@@ -86,8 +76,10 @@ class Engine:
         self._inside, self._reloading = 0, False  # requests under way; whether others wait for a new model
         self._last_forward = 0.0
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenize")
-        self.embedder = Batcher(self._forward, self.limits.batch_tokens, self.limits.max_waiting, "embed")
-        self.searcher = Batcher(self._find, SEARCH_BATCH, self.limits.max_waiting, "search")
+        # OpenMP's number of threads belongs to the thread that asks for them; Ray starts a replica with one.
+        begin = functools.partial(_use_threads, threads)
+        self.embedder = Batcher(self._forward, self.limits.batch_tokens, self.limits.max_waiting, "embed", begin)
+        self.searcher = Batcher(self._find, SEARCH_BATCH, self.limits.max_waiting, "search", begin)
         self._refreshing = threading.Lock()
         self.writer = Writer(self, merger)
 
@@ -122,6 +114,7 @@ class Engine:
             limits=limits,
             index_folder=Path(index_folder) if index_folder else None,
             cache_bytes=cache_bytes,
+            threads=threads,
             merger=merger,
             index_device=index_device,
         )
@@ -158,11 +151,11 @@ class Engine:
         truncate: str = "end",
         cached: bool = True,
     ) -> tuple[np.ndarray, int]:
-        self._check_texts(texts)
-        self._check_task(task)
+        check_texts(texts, self.limits)
+        check_task(task, self.encoder.spec)
         if dimensions is not None and dimensions > self.encoder.dim:
             raise RequestError(
-                422, "invalid_request", f"dimensions must be at most {self.encoder.dim}, got {_number(dimensions)}."
+                422, "invalid_request", f"dimensions must be at most {self.encoder.dim}, got {number(dimensions)}."
             )
         self._check_open()
         if cached and self.cache.max_bytes:
@@ -200,26 +193,9 @@ class Engine:
     ) -> tuple[list[np.ndarray], list[int]]:
         """Tokenise beside the event loop and run the model; return vectors and token counts."""
         loop = asyncio.get_running_loop()
-        sequences = await loop.run_in_executor(self._tokenizers, self._tokenize, texts, kind, task, truncate)
+        sequences = await loop.run_in_executor(self._tokenizers, tokenize, self.encoder, texts, kind, task, truncate)
         costs = [len(sequence) for sequence in sequences]
         return await self._wait(self.embedder, None, sequences, costs), costs
-
-    def _tokenize(self, texts: Sequence[str], kind: str, task: str, truncate: str) -> list[list[int]]:
-        tokenizer = self.encoder.tokenizer
-        sequences = tokenizer.encode(texts, kind, task)
-        for place, sequence in enumerate(sequences):
-            if not sequence:
-                raise TextError(place, "holds no token that the model knows.")
-        if truncate == "error":
-            limit = self.encoder.spec.length(kind, task)
-            for place, count in enumerate(tokenizer.count(texts, kind, task)):
-                if count > limit:
-                    raise TextError(
-                        place,
-                        f"has {count} tokens, prompts included, and the model reads {limit} of a {kind}; shorten it, or send "
-                        'truncate="end".',
-                    )
-        return sequences
 
     async def search(
         self,
@@ -244,12 +220,12 @@ class Engine:
         if self.index is None:
             raise RequestError(404, "no_index", "This server was started without an index; it only embeds.")
         if k > self.limits.max_k:
-            raise RequestError(422, "invalid_request", f"k must be at most {self.limits.max_k}, got {_number(k)}.")
+            raise RequestError(422, "invalid_request", f"k must be at most {self.limits.max_k}, got {number(k)}.")
         if queries is not None:
             unit = (await self._embed(queries, "query", task))[0]
         else:
             assert vectors is not None, "the body holds queries or vectors"
-            self._check_count("vectors", len(vectors))
+            check_count("vectors", len(vectors), self.limits)
             unit = _unit_vectors(vectors, self.encoder.dim)
         key = (k, json.dumps(filter, sort_keys=True) if filter is not None else None)
         found = await self._wait(self.searcher, key, list(unit), [1] * len(unit))
@@ -417,38 +393,6 @@ class Engine:
         if self.closing:
             raise RequestError(503, "not_running", "The server is shutting down.", {"Retry-After": "1"})
 
-    def _check_texts(self, texts: Sequence[str]) -> None:
-        self._check_count("texts", len(texts))
-        for place, text in enumerate(texts):
-            if len(text) > self.limits.max_characters:
-                limit = self.limits.max_characters
-                raise RequestError(
-                    413, "text_too_long", f"texts[{place}] has {len(text)} characters, at most {limit} are taken."
-                )
-            if not text.strip():
-                raise RequestError(422, "invalid_request", f"texts[{place}] is empty.")
-            if not is_unicode(text):
-                raise RequestError(
-                    422, "invalid_request", f"texts[{place}] holds a lone surrogate; it is not valid Unicode."
-                )
-
-    def _check_count(self, what: str, count: int) -> None:
-        if count == 0:
-            raise RequestError(422, "invalid_request", f"{what} is empty; give at least one.")
-        if count > self.limits.max_batch:
-            raise RequestError(
-                413,
-                "batch_too_large",
-                f"{count} {what} were sent, at most {self.limits.max_batch} are taken per request.",
-            )
-
-    def _check_task(self, task: str) -> None:
-        spec = self.encoder.spec
-        known = {*spec.task_prompts, *spec.symmetric_tasks, *spec.task_lengths}
-        if task and task not in known:
-            hint = nearest(task[:64], known) if known else " It knows none: leave task out."
-            raise RequestError(422, "unknown_task", f"The model has no prompt for task {task!r:.80}.{hint}")
-
     def _check_fits(self, index: RetrievalIndex) -> None:
         versions.check_same_model(index.manifest, self.name, self.model_hash)
         self._check_dimensions(index, self.encoder)
@@ -498,5 +442,11 @@ def _unit_vectors(vectors: Sequence[Sequence[float]], dim: int) -> np.ndarray:
         raise RequestError(422, "invalid_request", str(err)) from err
 
 
-def _number(value: int) -> str:
-    return str(value) if abs(value) < 10**30 else "an integer of more than 30 digits"
+def _use_threads(threads: int) -> None:
+    """Set how many threads torch and FAISS use for what the calling thread asks of them; 0 leaves it."""
+    if threads:
+        import faiss
+        import torch
+
+        torch.set_num_threads(threads)
+        faiss.omp_set_num_threads(threads)

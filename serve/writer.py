@@ -21,6 +21,7 @@ import pydantic_core
 from serve.batching import Batcher
 from serve.guard import RequestError
 from serve.schemas import MAX_ID, DocumentBody
+from serve.texts import check_count
 from tdro_ray.errors import DataError, TdroError
 from tdro_ray.index import store
 from tdro_ray.index.base import ChangesFullError, RetrievalIndex, Written
@@ -211,7 +212,7 @@ class Writer:
         """Return the documents as stored, metadata as JSON. Raises RequestError that names the first fault."""
         limits, index = self.engine.limits, self.engine.index
         assert index is not None, "checked before"
-        self.engine._check_count("documents", len(documents))
+        check_count("documents", len(documents), limits)
         if len(documents) > limits.max_unmerged:
             raise RequestError(
                 413,

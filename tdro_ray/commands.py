@@ -182,7 +182,6 @@ def _export(run: Run, arguments: argparse.Namespace) -> None:
 def _serve(run: Run, arguments: argparse.Namespace) -> None:
     from tdro_ray import stages
 
-    settings = run.recipe.serve
     index = Path(arguments.index) if arguments.index else stages.index_folder(run)
     model = Path(arguments.model) if arguments.model else _indexed_model(run)
     model = _for_backend(run, model)

@@ -32,13 +32,21 @@ class Service:
     def replicas(self) -> list[int]:
         """Process ids of the replicas."""
         tree = psutil.Process(self.process.pid).children(recursive=True)
-        return sorted(p.pid for p in tree if "ServeReplica" in _title(p) and "Retriever" in _title(p))
+        found = {p.pid: p for p in tree if "ServeReplica" in _title(p) and "Retriever" in _title(p)}
+        # What a replica forks has its title until it becomes another program.
+        return sorted(pid for pid, p in found.items() if _parent(p) not in found)
 
     def stop(self) -> None:
         """Ask for the application's end; returns at once."""
         assert self.process.stdin is not None
         self.process.stdin.write("stop\n")
         self.process.stdin.flush()
+
+
+def _parent(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.Error):
+        return process.ppid()
+    return 0
 
 
 def _title(process: psutil.Process) -> str:

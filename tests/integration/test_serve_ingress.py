@@ -27,15 +27,19 @@ TOPICS = ["parse iso date", "open socket timeout", "invert matrix", "read json f
 LIMITS = {"max_waiting": 64, "batch_tokens": 64}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_tiny(folder: Path) -> Path:
+    """Write a tiny model."""
     from tdro_ray.model.build import build_base
 
-    folder = tmp_path_factory.mktemp("model") / "tiny"
     tiny = TinyModel(hidden_size=64, num_layers=1, num_heads=2, intermediate_size=64, vocab_size=512)
     texts = itertools.islice(itertools.cycle(TOPICS), 600)
     build_base(ModelSettings(tiny=tiny), RetrieverSpec(query_length=32, passage_length=64), texts, folder, seed=0)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,12 @@ def test_overload_is_refused_in_the_services_own_words(running: Service, client:
     assert error_of(refused[-503], 503)["code"] == "overloaded"
 
 
+def replaced(running: Service, before: list[int]) -> bool:
+    """True when another replica stands for the first of two."""
+    now = running.replicas()
+    return len(now) == 2 and before[0] not in now and before[1] in now
+
+
 def test_a_killed_replica_costs_no_request(running: Service) -> None:
     before = running.replicas()
     assert len(before) == 2
@@ -136,7 +146,7 @@ def test_a_killed_replica_costs_no_request(running: Service) -> None:
         time.sleep(1.0)
         os.kill(before[0], signal.SIGKILL)
         deadline = time.monotonic() + 90
-        while (len(running.replicas()) < 2 or before[0] in running.replicas()) and time.monotonic() < deadline:
+        while not replaced(running, before) and time.monotonic() < deadline:
             time.sleep(0.2)
         time.sleep(3.0)  # the new one takes its part
         stop.set()
@@ -144,7 +154,7 @@ def test_a_killed_replica_costs_no_request(running: Service) -> None:
             thread.result()
     print(f"killed replica: {dict(tries)} answered, failed {len(failed)}")
     assert not failed and tries["first"] > 50
-    assert len(running.replicas()) == 2 and before[1] in running.replicas()
+    assert replaced(running, before)
 
 
 def test_a_stop_lets_the_request_under_way_finish(running: Service, client: httpx.Client) -> None:

@@ -88,6 +88,22 @@ def test_every_backend_serves_the_training_models_vectors(
     assert re.fullmatch(backend, name)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_forwards_and_searches_use_the_threads_that_were_given(folders: dict[str, Path], threads: int) -> None:
+    import faiss
+
+    engine = Engine.open(folders["torch"], threads=threads)
+    found: dict[str, int] = {}
+    for name, batcher, count in (
+        ("torch", engine.embedder, torch.get_num_threads),
+        ("faiss", engine.searcher, faiss.omp_get_max_threads),
+    ):
+        batcher._run = lambda key, values, name=name, count=count: [found.update({name: count()})]
+        batcher.submit(None, [0], [1]).result(10)
+    engine.close()
+    assert found == {"torch": threads, "faiss": threads}
+
+
 def test_bfloat16_is_dropped_where_it_moves_the_vectors(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,8 +1,11 @@
 """What `connect` checks before Ray is asked for anything."""
 
+import os
 import socket
+import stat
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +102,22 @@ def test_an_elastic_run_needs_its_fewest_workers():
     session.check_fit(ScaleSettings(num_workers=(1, 4000), cpus_per_worker=1), 2, 0, "here")
     with pytest.raises(ResourceError, match=r"2 GPU workers need 2 GPUs; here has 1"):
         session.check_fit(ScaleSettings(num_workers=(2, 4), use_gpu=True), 64, 1, "here")
+
+
+def test_the_proxy_is_settled_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster.ingress import SWITCH, prepare
+
+    def after(before: dict[str, str], proxy: str, starts_ray: bool = True) -> dict[str, str]:
+        environment = dict(before)
+        monkeypatch.setattr(os, "environ", environment)
+        prepare(proxy, starts_ray)
+        return environment
+
+    assert after({}, "auto") == {} and after({SWITCH: "1"}, "ray") == {SWITCH: "0"}
+    assert after({}, "haproxy", starts_ray=False) == {SWITCH: "1"}  # the cluster has its own ports
+    one, two = after({}, "haproxy"), after({SWITCH: "1"}, "auto")
+    assert one[SWITCH] == "1" and "empty-response" in one["RAY_SERVE_HAPROXY_RETRY_ON"]
+    for name in ("STATS_PORT", "METRICS_PORT", "SOCKET_PATH", "CONFIG_FILE_LOC", "SERVER_STATE_FILE"):
+        assert one[f"RAY_SERVE_HAPROXY_{name}"] != two[f"RAY_SERVE_HAPROXY_{name}"]  # two Rays on one machine
+    assert stat.S_IMODE(Path(one["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent.stat().st_mode) == 0o700
+    assert after({**one, "RAY_SERVE_HAPROXY_STATS_PORT": "8404"}, "haproxy")["RAY_SERVE_HAPROXY_STATS_PORT"] == "8404"
