@@ -101,7 +101,11 @@ def test_any_sequence_equals_an_index_built_from_scratch(
             patch.setattr(base, "EXACT_ROWS", 0)
         for k in (1, 3, 50):
             found, scratch = index.search(queries, k, filter), RetrievalIndex.open(fresh).search(queries, k, filter)
-            assert [[h.id for h in row] for row in found] == [[h.id for h in row] for row in scratch]
+            # Two ids may have the same document: then either comes first.
+            numbers = [[[h.metadata["number"] for h in row] for row in hits] for hits in (found, scratch)]
+            assert numbers[0] == numbers[1]
+            if k == 50:
+                assert [{h.id for h in row} for row in found] == [{h.id for h in row} for row in scratch]
             np.testing.assert_allclose(
                 [h.score for row in found for h in row], [h.score for row in scratch for h in row], atol=1e-5
             )
