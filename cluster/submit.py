@@ -33,6 +33,7 @@ LIMIT = 100 << 20  # bytes of a job's working directory that Ray takes
 EXCLUDES = [".venv", "venv", "runs", "stores", ".git", "tests", "*.lance", "*.egg-info", "__pycache__", ".*_cache"]
 PATH_SETTINGS = ("data.store", "data.sources", "model.name", "evaluate.extra_tests", "weights", "compare")
 PATH_OPTIONS = ("--model", "--index", "--to")
+PATH_COMMANDS = ("merge", "versions")  # of an index folder
 CHATTY = (
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
@@ -89,11 +90,11 @@ def check(arguments: list[str]) -> list[str]:
 
 
 def absolute_paths(arguments: list[str]) -> Iterator[str]:
-    """Yield the arguments with the paths among them absolute: recipe files, values of --model and the like, path settings."""
+    """Yield the arguments with the paths among them absolute: recipe files, index folders, values of --model and the like, path settings."""
     option = ""
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if option in PATH_OPTIONS or argument.endswith((".yaml", ".yml")):
+        if option in (*PATH_OPTIONS, *PATH_COMMANDS) or argument.endswith((".yaml", ".yml")):
             yield _absolute(argument)
         elif equals and name in PATH_OPTIONS:
             yield f"{name}={_absolute(value)}"

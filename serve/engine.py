@@ -80,7 +80,8 @@ class Engine:
         begin = functools.partial(_use_threads, threads)
         self.embedder = Batcher(self._forward, self.limits.batch_tokens, self.limits.max_waiting, "embed", begin)
         self.searcher = Batcher(self._find, SEARCH_BATCH, self.limits.max_waiting, "search", begin)
-        self._refreshing = threading.Lock()
+        self._refreshing = threading.Lock()  # one opens a version at a time
+        self._replacing = threading.Lock()  # held for the moment in which model or index is replaced
         self.writer = Writer(self, merger)
 
     @classmethod
@@ -139,18 +140,24 @@ class Engine:
         is cut at its end, or with `truncate="error"` refused. `cached` False asks the model in any case.
         """
         async with self.turn():
-            return await self._embed(texts, kind, task, dimensions, normalise, truncate, cached)
+            rows, tokens = await self._vectors(texts, kind, task, truncate, cached, dimensions)
+        vectors = np.stack(rows)
+        if dimensions is not None and dimensions < vectors.shape[1]:
+            vectors = vectors[:, :dimensions]
+            if normalise:
+                vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors, sum(tokens)
 
-    async def _embed(
+    async def _vectors(
         self,
         texts: Sequence[str],
         kind: str,
-        task: str = "",
-        dimensions: int | None = None,
-        normalise: bool = True,
+        task: str,
         truncate: str = "end",
         cached: bool = True,
-    ) -> tuple[np.ndarray, int]:
+        dimensions: int | None = None,
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """Return each text's whole vector and its token count. Needs a `turn`."""
         check_texts(texts, self.limits)
         check_task(task, self.encoder.spec)
         if dimensions is not None and dimensions > self.encoder.dim:
@@ -159,27 +166,20 @@ class Engine:
             )
         self._check_open()
         if cached and self.cache.max_bytes:
-            rows, tokens = await self._embed_cached(texts, kind, task, truncate)
-        else:
-            rows, tokens = await self._embed_anew(texts, kind, task, truncate)
-        vectors = np.stack(rows)
-        if dimensions is not None and dimensions < vectors.shape[1]:
-            vectors = vectors[:, :dimensions]
-            if normalise:
-                vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return vectors, sum(tokens)
+            return await self._embed_cached(texts, kind, task, truncate)
+        return await self.embed_anew(texts, kind, task, truncate)
 
     async def _embed_cached(
         self, texts: Sequence[str], kind: str, task: str, truncate: str
     ) -> tuple[list[np.ndarray], list[int]]:
-        """As `_embed_anew`, of the distinct texts that the cache lacks."""
+        """As `embed_anew`, of the distinct texts that the cache lacks."""
         keys = [text_key(text, self.model_hash, kind, task, truncate) for text in texts]
         found = {key: self.cache.get(key) for key in keys}
         missing = {key: place for place, key in reversed(list(enumerate(keys))) if found[key] is None}
         if missing:
             places = sorted(missing.values())
             try:
-                anew = await self._embed_anew([texts[p] for p in places], kind, task, truncate)
+                anew = await self.embed_anew([texts[p] for p in places], kind, task, truncate)
             except TextError as err:
                 raise err.at(places[err.place]) from err
             for place, vector, tokens in zip(places, *anew, strict=True):
@@ -188,10 +188,10 @@ class Engine:
         rows = [entry for key in keys if (entry := found[key]) is not None]
         return [vector for vector, _ in rows], [tokens for _, tokens in rows]
 
-    async def _embed_anew(
-        self, texts: Sequence[str], kind: str, task: str, truncate: str
+    async def embed_anew(
+        self, texts: Sequence[str], kind: str, task: str, truncate: str = "end"
     ) -> tuple[list[np.ndarray], list[int]]:
-        """Tokenise beside the event loop and run the model; return vectors and token counts."""
+        """Tokenise beside the event loop and run the model; return vectors and token counts. Needs a `turn`."""
         loop = asyncio.get_running_loop()
         sequences = await loop.run_in_executor(self._tokenizers, tokenize, self.encoder, texts, kind, task, truncate)
         costs = [len(sequence) for sequence in sequences]
@@ -206,29 +206,19 @@ class Engine:
         task: str = "",
     ) -> tuple[list[list[Hit]], str]:
         """Return the hits of every query (or vector), best first, and the index version that gave them."""
-        async with self.turn():
-            return await self._search(queries, vectors, k, filter, task)
-
-    async def _search(
-        self,
-        queries: Sequence[str] | None,
-        vectors: Sequence[Sequence[float]] | None,
-        k: int,
-        filter: dict[str, Any] | None,
-        task: str,
-    ) -> tuple[list[list[Hit]], str]:
         if self.index is None:
             raise RequestError(404, "no_index", "This server was started without an index; it only embeds.")
         if k > self.limits.max_k:
             raise RequestError(422, "invalid_request", f"k must be at most {self.limits.max_k}, got {number(k)}.")
-        if queries is not None:
-            unit = (await self._embed(queries, "query", task))[0]
-        else:
-            assert vectors is not None, "the body holds queries or vectors"
-            check_count("vectors", len(vectors), self.limits)
-            unit = _unit_vectors(vectors, self.encoder.dim)
         key = (k, json.dumps(filter, sort_keys=True) if filter is not None else None)
-        found = await self._wait(self.searcher, key, list(unit), [1] * len(unit))
+        async with self.turn():
+            if queries is not None:
+                unit = (await self._vectors(queries, "query", task))[0]
+            else:
+                assert vectors is not None, "the body holds queries or vectors"
+                check_count("vectors", len(vectors), self.limits)
+                unit = list(_unit_vectors(vectors, self.encoder.dim))
+            found = await self._wait(self.searcher, key, unit, [1] * len(unit))
         return [hits for hits, _ in found], found[0][1]
 
     async def check(self) -> None:
@@ -273,7 +263,8 @@ class Engine:
         try:
             while self._inside:
                 await asyncio.sleep(0.002)
-            self.encoder, self.index, self.model_hash = opened
+            with self._replacing:
+                self.encoder, self.index, self.model_hash = opened
         finally:
             self._reloading = False
         log.info("Serving the model that was put into %s (hash %s)", source.folder, self.model_hash[:12])
@@ -303,8 +294,9 @@ class Engine:
             if versions.current(self.index_folder).name == self.index.version:
                 return False
             index = RetrievalIndex.open(self.index_folder, self.index_device)
-            self._check_fits(index)
-            self.index = index
+            with self._replacing:  # a new model may have come with its own index while this one was opened
+                self._check_fits(index)
+                self.index = index
         log.info("Serving index version %s (%d documents)", index.version, len(index))
         return True
 
@@ -413,10 +405,12 @@ async def watch(engine: Engine, every_s: float) -> None:
         try:
             if not await engine.reload():
                 await asyncio.to_thread(engine.refresh)
-        except TdroError as err:
+        except Exception as err:  # whatever it is, the next look may find it mended
             if str(err) != said:
                 said = str(err)
-                log.error("The new model or index version is not served: %s", said)
+                log.error(
+                    "The new model or index version is not served: %s", said, exc_info=not isinstance(err, TdroError)
+                )
 
 
 @contextlib.asynccontextmanager

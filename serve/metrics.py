@@ -41,8 +41,7 @@ class Metrics:
             gauge(f"tdro_embed_cache_{name}", text, lambda n=name: getattr(engine.cache, n))
         gauge("tdro_embed_cache_bytes", "Bytes of kept vectors.", lambda: engine.cache.bytes)
         gauge("tdro_index_documents", "Documents in the served index.", engine.documents)
-        unmerged = lambda: engine.writer.info()["unmerged"] if engine.index else 0  # noqa: E731
-        gauge("tdro_index_unmerged_changes", "Changes that no index version has merged yet.", unmerged)
+        gauge("tdro_index_unmerged_changes", "Changes that no index version has merged yet.", engine.writer.unmerged)
         gauge("tdro_index_version", "Served index version.", lambda: int(engine.index.version) if engine.index else 0)
 
     def text(self) -> bytes:

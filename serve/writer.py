@@ -1,6 +1,6 @@
 """Writes to the served index, and the merges that they lead to. Knows neither HTTP nor Ray.
 
-documents -> the engine's tokeniser and embedder -> batcher (one commit for what waits) -> change log
+documents -> the engine's embedder -> batcher (one commit for what waits) -> change log
 a thread of its own: new versions, documents of another model, merges when they are due
 """
 
@@ -21,7 +21,7 @@ import pydantic_core
 from serve.batching import Batcher
 from serve.guard import RequestError
 from serve.schemas import MAX_ID, DocumentBody
-from serve.texts import check_count
+from serve.texts import TextError, check_count
 from tdro_ray.errors import DataError, TdroError
 from tdro_ray.index import store
 from tdro_ray.index.base import ChangesFullError, RetrievalIndex, Written
@@ -100,6 +100,10 @@ class Writer:
             "merge_error": self.merge_error or None,
         }
 
+    def unmerged(self) -> int:
+        """Number of changes that the served version has not merged; 0 without an index."""
+        return int(self.info()["unmerged"]) if self.engine.index is not None else 0
+
     def tend(self) -> None:
         """Do what is due: take on documents of another model, merge. Errors of a merge are kept for `info`."""
         if not self.engine.limits.writable or self.engine.index_folder is None:
@@ -166,26 +170,23 @@ class Writer:
 
     # ------------------------------------------------------------ steps of a request
 
-    async def _embed(self, records: list[dict[str, str]]) -> np.ndarray:
+    async def _embed(self, records: list[dict[str, str]]) -> list[np.ndarray]:
         """Unit vectors of documents, made as `index.build.embed_records` makes them, in the engine's batches."""
-        engine = self.engine
-        tasks = [str(json.loads(r["metadata"]).get("task") or "") for r in records]
-        sequences: list[Any] = [None] * len(records)
-        for task in dict.fromkeys(tasks):
-            at = [i for i, t in enumerate(tasks) if t == task]
-            texts = [_full_text(records[i]) for i in at]
-            loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(
-                engine._tokenizers, engine.encoder.tokenizer.encode, texts, "passage", task
-            )
-            for i, sequence in zip(at, found, strict=True):
-                sequences[i] = sequence
-        costs = [len(sequence) for sequence in sequences]
-        if not all(costs):
-            raise RequestError(
-                422, "invalid_request", f"documents[{costs.index(0)}] holds no token that the model knows."
-            )
-        return np.stack(await engine._wait(engine.embedder, None, sequences, costs))
+        places: dict[str, list[int]] = {}  # by task, whose prompt a symmetric one puts in front
+        for place, record in enumerate(records):
+            places.setdefault(str(json.loads(record["metadata"]).get("task") or ""), []).append(place)
+        vectors: list[Any] = [None] * len(records)
+
+        async def embed(task: str, at: list[int]) -> None:
+            try:
+                found, _ = await self.engine.embed_anew([store.full_text(records[i]) for i in at], "passage", task)
+            except TextError as err:
+                raise RequestError(422, "invalid_request", f"documents[{at[err.place]}] {err.reason}") from err
+            for i, vector in zip(at, found, strict=True):
+                vectors[i] = vector
+
+        await asyncio.gather(*(embed(task, at) for task, at in places.items()))
+        return vectors
 
     async def _write(self, changes: list[Change]) -> tuple[Written, str]:
         try:
@@ -195,6 +196,9 @@ class Writer:
             raise RequestError(503, "merge_pending", str(err), {"Retry-After": "5"}) from err
         except PermissionError as err:
             raise RequestError(403, "read_only", "The index folder cannot be written to by this server.") from err
+        except OSError as err:  # a full disk, or storage that is gone
+            message = f"The change could not be written to the disk: {err.strerror or err}. Send it again once there is room; a repeated write does no harm."
+            raise RequestError(503, "not_writable_now", message, {"Retry-After": "30"}) from err
         except TdroError as err:
             # The current version is not this server's to write to: it was built with another model, or is damaged.
             raise RequestError(503, "not_writable_now", str(err), {"Retry-After": "30"}) from err
@@ -228,12 +232,12 @@ class Writer:
                 raise RequestError(422, "invalid_request", f"{where}.id {problem or 'occurs twice in the request'}.")
             ids.add(document.id)
             record = {"id": document.id, "title": document.title, "text": document.text}
-            length = len(_full_text(record))
+            length = len(store.full_text(record))
             if length > limits.max_characters:
                 raise RequestError(
                     413, "text_too_long", f"{where} has {length} characters, at most {limits.max_characters} are taken."
                 )
-            if not _full_text(record).strip():
+            if not store.full_text(record).strip():
                 raise RequestError(422, "invalid_request", f"{where} is empty.")
             if problem := _metadata_problem(document.metadata, index.store.fields):
                 raise RequestError(422, "invalid_request", f"{where}.metadata{problem}")
@@ -242,10 +246,6 @@ class Writer:
             except DataError as err:
                 raise RequestError(422, "invalid_request", str(err)) from err
         return records
-
-
-def _full_text(record: dict[str, str]) -> str:
-    return f"{record['title']} {record['text']}" if record["title"] else record["text"]
 
 
 def _id_problem(id: str) -> str:

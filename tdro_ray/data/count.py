@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -14,7 +11,7 @@ from tdro_ray.config import ModelSettings
 from tdro_ray.data.collection import Collection
 from tdro_ray.data.hub import HubDataset
 from tdro_ray.data.layouts import judgements
-from tdro_ray.data.place import Place, open_anywhere, stamp
+from tdro_ray.data.place import Place, decompressed, open_anywhere, stamp
 from tdro_ray.data.sources import TaskSource
 
 LOOK_BYTES = 1 << 20  # of text read of a file of lines; a longer file's rows follow from its size
@@ -47,7 +44,8 @@ def _lines(path: Place) -> tuple[int, bool]:
     """Lines of a text file: counted where it ends within LOOK_BYTES, else by the share of its bytes that these took."""
     with path.open("rb") as raw:
         try:
-            head = _text(path, raw).read(LOOK_BYTES)
+            stream = decompressed(path, raw)  # held: one that is dropped closes `raw`
+            head = stream.read(LOOK_BYTES)
         except (OSError, EOFError):  # damaged: ingest will say so
             return 0, False
         used = raw.tell() if path.suffix in (".gz", ".zst") else len(head)
@@ -55,16 +53,6 @@ def _lines(path: Place) -> tuple[int, bool]:
     if len(head) < LOOK_BYTES:
         return lines, True
     return round(lines * stamp(path)[1] / max(1, used)), False
-
-
-def _text(path: Place, raw: BinaryIO) -> BinaryIO:
-    if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if path.suffix == ".zst":
-        import zstandard
-
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, closefd=False))
-    return raw
 
 
 def sample_tokens(tasks: Sequence[Collection], model: ModelSettings, base: Path) -> tuple[float, float]:

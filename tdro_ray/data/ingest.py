@@ -143,10 +143,8 @@ def _write_settings(recipe: Recipe) -> WriteSettings:
 def _source_key(recipe: Recipe, fingerprint: str, info: TaskInfo) -> str:
     """Key of everything that the written task depends on."""
     data = recipe.data
-    facts = repr(info).replace(", query_length=None, passage_length=None", "")  # as before tasks had lengths
-    parts = [READER, fingerprint, facts, data.dev_queries, data.dev_corpus, data.max_reject_share]
-    if data.policies != PolicySettings():  # a store written before there were policies stays up to date
-        parts.append(data.policies.model_dump())
+    parts = [READER, fingerprint, repr(info), data.dev_queries, data.dev_corpus, data.max_reject_share]
+    parts.append(data.policies.model_dump())
     return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 

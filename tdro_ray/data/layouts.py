@@ -218,7 +218,7 @@ def corpus_files(folder: Place) -> list[Place]:
 
 
 def _named(folder: Place, pattern: str) -> Place | None:
-    return next((p for p in sorted(_entries(folder)) if re.fullmatch(rf"{pattern}(\.gz|\.zst)?", p.name)), None)  # type: ignore[type-var]
+    return next((p for p in sorted(_entries(folder)) if re.fullmatch(rf"{pattern}(\.gz|\.zst)?", p.name)), None)
 
 
 def _entries(folder: Place) -> list[Place]:

@@ -31,7 +31,7 @@ from tdro_ray.data.rescore import rescore
 from tdro_ray.errors import DataError
 from tdro_ray.types import Kind
 
-MINER = 1  # raised when mining changes, so that negatives mined before are mined again
+MINER = 2  # raised when mining changes, so that negatives mined before are mined again
 RANGE_ROWS = 1000  # rows per mining task
 READ_ROWS = 4096  # rows or passages read at a time
 Encode = Callable[[Sequence[tuple[str, Kind, str]]], np.ndarray]
@@ -221,12 +221,7 @@ def _mine_range(
     batch: dict[str, np.ndarray], folder: Path, index: list[Any], settings: MineSettings, seed: int
 ) -> Iterator[pa.Table]:
     """Negatives of the rows from each start on, in row order."""
-    task: TaskIndex = ray.get(index[0])
-    collection = Collection(folder)
-    for start in batch["start"].tolist():
-        rows = range(start, min(start + RANGE_ROWS, len(collection)))
-        records = collection.take_rows(rows, ["id", "query", "positives", "given_negatives"]).to_pylist()
-        ranked = _ranked(task, [record["query"] for record in records], settings)
+    for rows, records, task, ranked in _searched(batch, folder, index, settings):
         yield _table(_choose_rows(rows, records, ranked, task, folder.name, settings, seed))
 
 
@@ -234,18 +229,22 @@ def _find_range(
     batch: dict[str, np.ndarray], folder: Path, index: list[Any], settings: MineSettings, seed: int
 ) -> Iterator[pa.Table]:
     """What BM25 finds for the rows from each start on, in row order."""
+    for *_, ranked in _searched(batch, folder, index, settings):
+        yield pa.table({"found": pa.array([hits.tolist() for hits in ranked], pa.list_(pa.int64()))})
+
+
+def _searched(
+    batch: dict[str, np.ndarray], folder: Path, index: list[Any], settings: MineSettings
+) -> Iterator[tuple[range, list[dict[str, Any]], TaskIndex, list[np.ndarray]]]:
+    """Yield (row numbers, rows, the task's index, what BM25 ranked for each row) from each start on."""
     task: TaskIndex = ray.get(index[0])
+    assert task.bm25 is not None
     collection = Collection(folder)
     for start in batch["start"].tolist():
         rows = range(start, min(start + RANGE_ROWS, len(collection)))
-        queries = collection.take_rows(rows, ["query"])["query"].to_pylist()
-        found = [hits.tolist() for hits in _ranked(task, queries, settings)]
-        yield pa.table({"found": pa.array(found, pa.list_(pa.int64()))})
-
-
-def _ranked(task: TaskIndex, queries: list[str], settings: MineSettings) -> list[np.ndarray]:
-    assert task.bm25 is not None
-    return [hits[settings.first_rank - 1 :] for hits in task.bm25.search(queries, settings.last_rank)]
+        records = collection.take_rows(rows, ["id", "query", "positives", "given_negatives"]).to_pylist()
+        found = task.bm25.search([record["query"] for record in records], settings.last_rank)
+        yield rows, records, task, [hits[settings.first_rank - 1 :] for hits in found]
 
 
 def _choose_rows(

@@ -212,7 +212,7 @@ def name_in(text: str) -> str:
 def files_under(folder: Place) -> list[Place]:
     """Return every file under a folder, in name order."""
     found: list[Place] = []
-    for entry in sorted(folder.iterdir()):  # type: ignore[type-var]
+    for entry in sorted(folder.iterdir()):
         found += files_under(entry) if entry.is_dir() else [entry]
     return found
 
@@ -262,15 +262,22 @@ def _variables(url: str) -> str:
 
 def open_stream(path: Place) -> BinaryIO:
     """Open a file for reading bytes, decompressed by its ending (`.gz`, `.zst`)."""
+    raw = path.open("rb")
+    stream = decompressed(path, raw)
+    if isinstance(stream, gzip.GzipFile):
+        stream.myfileobj = raw  # closed with it
+    return stream
+
+
+def decompressed(path: Place, raw: Any) -> Any:
+    """Return the bytes of `raw`, an opened `path`, decompressed by the path's ending."""
     if path.suffix == ".gz":
-        file = gzip.GzipFile(fileobj=path.open("rb"))
-        file.myfileobj = file.fileobj  # type: ignore[attr-defined]  # closed with it
-        return file  # type: ignore[return-value]
+        return gzip.GzipFile(fileobj=raw)
     if path.suffix == ".zst":
         import zstandard
 
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True))  # type: ignore[arg-type]
-    return path.open("rb")  # type: ignore[return-value]
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    return raw
 
 
 def open_anywhere(path: Place) -> BinaryIO:

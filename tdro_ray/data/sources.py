@@ -48,7 +48,7 @@ class TaskSource:
         for folder in {path for path in paths if path.is_dir()} | ({self.test} if self.test else set()):
             parts += files_under(folder)
             parts += corpus_files(folder)  # which may lie beside it
-        seen: list[Any] = [stamp(path) for path in sorted(set(parts))]  # type: ignore[type-var]
+        seen: list[Any] = [stamp(path) for path in sorted(set(parts))]
         seen += [path.fingerprint() for path, _ in self.files if isinstance(path, HubDataset)]
         return blake2b(json.dumps([seen, [str(p) for p, _ in self.files]]).encode(), digest_size=16).hexdigest()
 
@@ -94,7 +94,7 @@ def _tasks_at(path: Place, note: Callable[[str], None]) -> list[TaskSource]:
         return [TaskSource(_name_of(path), ((path, name),), None, TaskInfo(source=str(path)))]
     if task := _task_folder(path):
         return [task]
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))  # type: ignore[type-var]
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     found = []
     for folder in folders:
         if task := _task_folder(folder):
@@ -123,7 +123,7 @@ def _training_files(folder: Place) -> tuple[tuple[Place, str], ...]:
         if path := first_existing(folder, name):
             return ((path, str(format_of(path))),)
     endings = (".jsonl", ".ndjson", ".parquet")
-    lines = [p for p in sorted(folder.iterdir()) if p.is_file() and plain_suffix(p) in endings]  # type: ignore[type-var]
+    lines = [p for p in sorted(folder.iterdir()) if p.is_file() and plain_suffix(p) in endings]
     lines = [p for p in lines if not NO_TRAINING_ROWS.fullmatch(p.name.split(".")[0])]
     if lines:
         return tuple((p, str(format_of(p))) for p in lines)

@@ -37,7 +37,6 @@ def encode_texts(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """Return float32 unit vectors (T, D) of `(text, kind, task)` items, in their order."""
-    quiet()
     # Blocks hold one task and kind each, so that an actor encodes with one prompt.
     records: list[dict[str, Any]] = []
     for start, stop in _runs(items):
@@ -46,7 +45,7 @@ def encode_texts(
             records.append({"at": at, "kind": part[0][1], "task": part[0][2], "texts": [text for text, _, _ in part]})
     out_TD: np.ndarray | None = None
     done = 0
-    for batch in _embedded(records, model, num_actors, cpus, use_gpu, batch_tokens, name):
+    for batch in _Pool(model, num_actors, cpus, use_gpu, batch_tokens, name).embed(records):
         at, width = batch["at"][0].as_py(), batch["dim"][0].as_py()
         vector_XD = np.frombuffer(batch["vectors"][0].as_buffer(), np.float32).reshape(-1, width)
         if out_TD is None:
@@ -58,28 +57,34 @@ def encode_texts(
     return out_TD
 
 
-def _embedded(
-    records: list[dict[str, Any]],
-    model: Path,
-    num_actors: int,
-    cpus: float,
-    use_gpu: bool,
-    batch_tokens: int,
-    name: str,
-) -> Iterator[pa.Table]:
-    """Yield the records' vectors: by an actor pool, or in this process without actors."""
-    made_from = {"model": str(model), "batch_tokens": batch_tokens, "use_gpu": use_gpu}
-    if num_actors == 0:
-        yield from _here(records, made_from)
-        return
-    blocks = ray.data.from_items(records, override_num_blocks=len(records))
-    yield from by_actors(blocks, _Embedder, made_from, num_actors, cpus, use_gpu, name)
+@dataclass(frozen=True)
+class _Pool:
+    """The actors that embed: how many (0: this process), and what each is made from."""
 
+    model: Path
+    num_actors: int
+    cpus: float
+    use_gpu: bool
+    batch_tokens: int
+    name: str
 
-def _here(records: Iterable[dict[str, Any]], made_from: dict[str, Any]) -> Iterator[pa.Table]:
-    embedder = _Embedder(**made_from)
-    for record in records:
-        yield pa.table(embedder({key: [value] for key, value in record.items()}))
+    def embed(self, records: Iterable[dict[str, Any]]) -> Iterator[pa.Table]:
+        """Yield the records with vectors in place of their texts, in order."""
+        if self.num_actors == 0:
+            embedder = _Embedder(**self._made_from())
+            for record in records:
+                yield pa.table(embedder({key: [value] for key, value in record.items()}))
+            return
+        quiet()
+        listed = list(records)
+        yield from self.spread(ray.data.from_items(listed, override_num_blocks=len(listed)))
+
+    def spread(self, blocks: ray.data.Dataset) -> Iterator[pa.Table]:
+        """As `embed`, of a dataset of records."""
+        yield from by_actors(blocks, _Embedder, self._made_from(), self.num_actors, self.cpus, self.use_gpu, self.name)
+
+    def _made_from(self) -> dict[str, Any]:
+        return {"model": str(self.model), "batch_tokens": self.batch_tokens, "use_gpu": self.use_gpu}
 
 
 # Evaluation
@@ -139,7 +144,7 @@ def evaluate_model(
         del searches[task]
 
     current = ""
-    for batch in _streamed(stretches, model, num_actors, cpus, use_gpu, batch_tokens, name):
+    for batch in _streamed(stretches, _Pool(model, num_actors, cpus, use_gpu, batch_tokens, name)):
         if error := batch["error"][0].as_py():
             raise DataError(error)
         stretch = stretches[batch["stretch"][0].as_py()]
@@ -168,32 +173,19 @@ def _search_of(
     return searches[task]
 
 
-def _streamed(
-    stretches: list[Stretch],
-    model: Path,
-    num_actors: int,
-    cpus: float,
-    use_gpu: bool,
-    batch_tokens: int,
-    name: str,
-) -> Iterator[pa.Table]:
-    """Yield the vectors of all stretches, in order; corpora are read by tasks of the cluster, a part at a time."""
-    made_from = {"model": str(model), "batch_tokens": batch_tokens, "use_gpu": use_gpu}
-    if num_actors == 0:
-        yield from _here((block for stretch in stretches for block in stretch.blocks()), made_from)
+def _streamed(stretches: list[Stretch], pool: _Pool) -> Iterator[pa.Table]:
+    """Yield the vectors of all stretches, in order; large corpora are read by tasks of the cluster, a part at a time."""
+    if pool.num_actors == 0 or sum(len(stretch.texts) for stretch in stretches) <= SMALL:
+        yield from pool.embed(block for stretch in stretches for block in stretch.blocks())
         return
-    context = quiet()
-    if sum(len(stretch.texts) for stretch in stretches) <= SMALL:
-        records = [block for stretch in stretches for block in stretch.blocks()]
-        blocks = ray.data.from_items(records, override_num_blocks=len(records))
-    else:
-        context.target_max_block_size = 1 << 20  # blocks leave a reader before its corpus is read
-        items = [{"stretch": pickle.dumps(stretch)} for stretch in stretches]
-        # Reading takes no CPU of its own: the actors may have them all.
-        blocks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+    quiet().target_max_block_size = 1 << 20  # blocks leave a reader before its corpus is read
+    items = [{"stretch": pickle.dumps(stretch)} for stretch in stretches]
+    # Reading takes no CPU of its own: the actors may have them all.
+    yield from pool.spread(
+        ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             _read, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=READERS)
         )
-    yield from by_actors(blocks, _Embedder, made_from, num_actors, cpus, use_gpu, name)
+    )
 
 
 def _read(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, list[Any]]]:

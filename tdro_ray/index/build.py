@@ -145,7 +145,7 @@ class _Embedder:
 def embed_records(encoder: Any, records: list[dict[str, Any]], batch_tokens: int) -> np.ndarray:
     """Return the passage vectors of store records, float32 (n, D); a symmetric task's prompt goes before its passages."""
     tasks = [str(json.loads(record["metadata"]).get("task") or "") for record in records]
-    texts = [f"{record['title']} {record['text']}" if record["title"] else record["text"] for record in records]
+    texts = [store.full_text(record) for record in records]
     vectors = np.empty((len(records), encoder.dim), np.float32)
     for task in sorted(set(tasks)):
         at = [i for i, t in enumerate(tasks) if t == task]
@@ -198,10 +198,10 @@ class _Adder:
         self.store = store.DocumentStore(documents)
         self.trained, self.queries = ray.get(trained), ray.get(queries)
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         import faiss
 
-        for first, last in zip(batch["start"].to_pylist(), batch["stop"].to_pylist(), strict=True):
+        for first, last in zip(batch["start"].tolist(), batch["stop"].tolist(), strict=True):
             shard, truth = faiss.deserialize_index(self.trained), Exact(self.queries)
             for start in range(first, last, store.BATCH_ROWS):
                 stop = min(start + store.BATCH_ROWS, last)
@@ -225,21 +225,17 @@ def _add_shards(
     import faiss
     import ray
 
-    ranges = [pa.table({"start": [at], "stop": [min(at + ADD_ROWS, count)]}) for at in range(0, count, ADD_ROWS)]
-    dataset = ray.data.from_arrow(ranges).map_batches(
-        _Adder,
-        fn_constructor_kwargs={
-            "documents": str(folder / "documents.lance"),
-            "trained": ray.put(faiss.serialize_index(index)),
-            "queries": ray.put(truth.queries),
-        },
-        batch_format="pyarrow",
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(ranges))),
-        num_cpus=cpus_per_actor,
-    )
-    dataset.set_name("tdro-index-add")
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+    from tdro_ray.data.ray_data import by_actors
+
+    ranges = [{"start": at, "stop": min(at + ADD_ROWS, count)} for at in range(0, count, ADD_ROWS)]
+    made_from = {
+        "documents": str(folder / "documents.lance"),
+        "trained": ray.put(faiss.serialize_index(index)),
+        "queries": ray.put(truth.queries),
+    }
+    actors = min(num_actors, len(ranges))
+    blocks = ray.data.from_items(ranges, override_num_blocks=len(ranges))
+    for table in by_actors(blocks, _Adder, made_from, actors, cpus_per_actor, False, "tdro-index-add"):
         for row in table.to_pylist():
             index.merge_from(faiss.deserialize_index(np.frombuffer(row["index"], np.uint8)), 0)
             scores = np.frombuffer(row["scores"], np.float32).reshape(len(truth.queries), -1)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -183,6 +183,11 @@ def _document_batches(documents: Iterable[Document], fields: _Fields) -> Iterato
             pending = []
     if pending:
         yield pa.RecordBatch.from_pylist(pending, SCHEMA)
+
+
+def full_text(record: Mapping[str, Any]) -> str:
+    """Return what of a document is embedded: its title, where it has one, in front of its text."""
+    return f"{record['title']} {record['text']}" if record["title"] else str(record["text"])
 
 
 def checked(id: str, title: str, text: str, metadata: dict[str, Any], where: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tdro_ray.errors import CheckpointError
-from tdro_ray.retrieval.chunks import CPU_ENCODE_TOKENS
+from tdro_ray.retrieval.chunks import CPU_ENCODE_TOKENS, length_chunks
 
 LIKE = "such as the ones sentence-transformers trains: AutoModelForSequenceClassification with num_labels=1"
 
@@ -50,22 +50,12 @@ class CrossEncoder:
         found = self.tokenizer(list(queries), list(passages), truncation="longest_first", max_length=self.length)
         budget = min(batch_tokens, CPU_ENCODE_TOKENS) if self.device.type == "cpu" else batch_tokens
         length_N = np.array([len(ids) for ids in found["input_ids"]])
-        for chunk in _chunks(length_N, budget):
+        for chunk in length_chunks(length_N, budget):
             part = {key: [values[i] for i in chunk] for key, values in found.items()}
             padded = self.tokenizer.pad(part, padding=True, return_tensors="pt").to(self.device)
             score_B = self.model(**padded).logits[:, 0].float()
             scores_N[chunk] = (score_B.sigmoid() if self.sigmoid else score_B).cpu().numpy()
         return scores_N
-
-
-def _chunks(length_N: np.ndarray, budget: int) -> Iterator[np.ndarray]:
-    """Yield the places of pairs that go through the model together, the longest first."""
-    order = np.argsort(-length_N, kind="stable")
-    start = 0
-    while start < len(order):
-        size = max(1, budget // int(length_N[order[start]]))
-        yield order[start : start + size]
-        start += size
 
 
 def check(name: str | Path) -> None:

@@ -47,8 +47,6 @@ def model_key(run: Run) -> str:
     recipe = run.recipe
     tokenizer_data = data_key(run) if recipe.model.name == "tiny" else ""
     spec = asdict(retriever_spec(run))
-    if not spec["task_lengths"]:  # a model made before tasks had lengths stays up to date
-        del spec["task_lengths"]
     return key_of("model", recipe.model.model_dump(mode="json"), spec, tokenizer_data, recipe.seed)
 
 

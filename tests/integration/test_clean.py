@@ -1,7 +1,6 @@
 """Cleaning on a real Ray: what is dropped leaves training, ingest does not bring it back, a kill changes nothing."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,7 @@ QUESTION = "how do I convert a list of strings to a list of integers in python"
 ASKED = "日本で一番高い山は何という名前の山ですか教えてください"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("small_ray")
 
 
 @pytest.fixture

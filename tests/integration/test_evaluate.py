@@ -1,7 +1,6 @@
 """Evaluation of a model on stored tests: a corpus that is streamed through Ray gives what one pass in memory gives."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,13 +21,7 @@ from tdro_ray.types import Passage, RetrievalTest, RetrieverSpec
 WORDS = ["alpha", "beta", "gamma", "delta", "parse", "read", "write", "file", "date", "time", "list"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("small_ray")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Mining on a real Ray: never a positive, filled, repeatable, and unseen until the manifest names it."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from zlib import crc32
 
@@ -45,13 +45,7 @@ TOPICS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("small_ray")
 
 
 def recipe(source: Path, seed: int = 1, **settings: object) -> Recipe:

@@ -24,13 +24,7 @@ from tdro_ray.tune.trial import confirm_trial, load_checkpoint, run_trial, trial
 TUNE = {"optimize_steps": 4, "finetune_steps": 6, "trials": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("small_ray")
 
 
 @pytest.fixture(scope="module")

@@ -134,3 +134,16 @@ def test_the_resolved_recipe_and_the_versions_are_kept(cli, tmp_path):
     folder = tmp_path / "runs" / "quickstart"
     assert json.loads((folder / "config.json").read_text())["optimize"]["eta"] == 0.125
     assert {"python", "torch", "ray", "tdro-ray"} <= set(json.loads((folder / "versions.json").read_text()))
+
+
+def test_every_serving_setting_of_a_recipe_reaches_the_application():
+    from serve.deployment import Args
+    from tdro_ray.commands import _serve_options
+    from tdro_ray.recipe import load_recipe
+
+    changed = ("serve.cache_mb=7", "serve.threads=3", "serve.device=cuda", "index.device=cuda", "serve.port=0")
+    options = _serve_options(load_recipe("quickstart", changed))
+    place = {key: options.pop(key) for key in ("host", "port")}
+    args = Args(model="m", **options)
+    assert place == {"host": "127.0.0.1", "port": 0}
+    assert (args.cache_mb, args.threads, args.device, args.index_device) == (7, 3, "cuda", "cuda")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -191,6 +193,19 @@ def test_writing_needs_an_index_a_key_and_leave(folder: Path) -> None:
     with TestClient(create_app(open_engine(folder))) as client:
         client.app.state.engine.close()
         assert error_of(client.post("/documents", json=body), 503)["code"] == "not_running"
+
+
+def test_a_full_disk_is_no_defect_of_the_server(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChangeLog, "append", full)
+        answer = client.post("/documents", json={"documents": [{"id": "a", "text": "zebra"}]})
+    error = error_of(answer, 503)
+    assert error["code"] == "not_writable_now" and "No space left on device" in error["message"]
+    assert answer.headers["retry-after"] == "30"
+    assert post(client, {"id": "a", "text": "zebra"})["seq"] == 1
 
 
 document_bodies = st.fixed_dictionaries(

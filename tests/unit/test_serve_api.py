@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from serve.api import create_app
 from serve.batching import Batcher, Closed, Overloaded
 from serve.bodies import JsonRequest
-from serve.engine import Engine
+from serve.engine import Engine, watch
 from serve.guard import check_binding, is_loopback, parse_keys
 from serve.schemas import Limits
 from tdro_ray.errors import ConfigError
@@ -541,6 +541,31 @@ def test_new_index_version_is_taken_up_under_load_without_a_failed_request(tmp_p
         with pytest.raises(ConfigError, match="is another"):
             engine.refresh()
         assert client.get("/info").json()["index"]["version"] == "2"
+
+
+def test_the_index_is_followed_again_after_an_error_of_any_kind(
+    index_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(FakeEncoder(), RetrievalIndex.open(index_folder), index_folder=index_folder)
+    looks: list[str] = []
+
+    def refresh() -> bool:
+        looks.append("")
+        if len(looks) == 1:
+            raise RuntimeError("the storage hiccups")
+        return False
+
+    monkeypatch.setattr(engine, "refresh", refresh)
+
+    async def follow() -> None:
+        async with asyncio.timeout(10):
+            task = asyncio.create_task(watch(engine, 0.01))
+            while len(looks) < 3:
+                await asyncio.sleep(0.01)
+            task.cancel()
+
+    asyncio.run(follow())
+    engine.close()
 
 
 def test_index_of_another_model_is_refused(index_folder: Path) -> None:

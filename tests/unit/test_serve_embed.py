@@ -317,6 +317,12 @@ def test_a_model_put_in_the_old_ones_place_is_served_with_its_index(tmp_path: Pa
         stop.set()
         thread.join()
         assert client.get("/info").json()["model"]["hash"] == hashes[1]
+        written = client.post("/documents", json={"documents": [{"id": "late", "text": "zebra"}]})
+        assert written.json() == {"upserted": 1, "seq": 1, "index_version": "2"}
+        found = client.post("/search", json={"queries": ["date"], "k": 100}).json()["results"][0]
+        assert "late" in [
+            hit["id"] for hit in found
+        ]  # the new model's index follows what is written, as the old one's did
     np.testing.assert_allclose(seen[0][0], old, atol=1e-6)
     np.testing.assert_allclose(seen[-1][0], new, atol=1e-6)
     assert {version for _, version, _ in seen} == {"1", "2"}

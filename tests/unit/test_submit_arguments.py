@@ -43,6 +43,8 @@ def here(tmp_path, monkeypatch):
         ("run quickstart --set data.store=new", "run quickstart --set data.store={here}/new"),
         ("run quickstart --set model.name=org/model", "run quickstart --set model.name=org/model"),
         ("run quickstart --set model.name=/abs/model", "run quickstart --set model.name=/abs/model"),
+        ("merge data", "merge {here}/data"),
+        ("versions data --select 2", "versions {here}/data --select 2"),
         ("export quickstart --to out", "export quickstart --to {here}/out"),
         ("serve quickstart --index=data", "serve quickstart --index={here}/data"),
     ],
