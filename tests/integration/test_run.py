@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny import make_collections, tdro, write_recipe
 
 from tdro_ray.dro.files import read_trajectory, read_weights
@@ -62,6 +63,11 @@ def test_a_run_leaves_what_the_readme_says(made):
     assert len(hits) == 2 and hits[0]["score"] >= hits[1]["score"]
     assert "<svg" in (folder / "report.html").read_text()
     assert "report.html" in done.stdout and "Next:" in done.stdout
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "serve" / "config.yaml").read_text())["applications"][0][
+        "args"
+    ]
+    for name in ("model", "index"):  # what `serve deploy serve/config.yaml` asks for after the quickstart
+        assert (folder / Path(shipped[name]).relative_to("runs/quickstart")).is_dir()
 
 
 def test_a_second_run_repeats_nothing(made):
