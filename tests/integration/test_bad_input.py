@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from tiny import make_collections, write_recipe
+from tiny import make_collections, tdro, write_recipe
 
 from tdro_ray.__main__ import main
 from tdro_ray.recipe import load_recipe
@@ -135,7 +135,7 @@ def test_a_batch_smaller_than_the_number_of_workers(cli, recipe):
     refused(cli("reference", recipe, "--set", "reference.batch_size=1"), r"batch of 1 .* 2 workers")
 
 
-def test_a_port_in_use(cli, tmp_path, recipe):
+def test_a_port_in_use(tmp_path, recipe):
     from tdro_ray.index.build import build_index
     from tdro_ray.model.build import build_base
     from tdro_ray.types import RetrieverSpec
@@ -148,10 +148,10 @@ def test_a_port_in_use(cli, tmp_path, recipe):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        refused(
-            cli("serve", recipe, "--model", model, "--index", index, "--set", f"serve.port={port}"),
-            rf"127\.0\.0\.1:{port}.*serve\.port",
-        )
+        # Apart: ray.serve reads its environment when it is first imported, and test_serve.py has another one for it.
+        asked = ("serve", recipe, "--model", model, "--index", index, "--set", f"serve.port={port}")
+        done = tdro(*asked, runs=tmp_path / "runs")
+    refused((done.returncode, done.stdout, done.stderr), rf"127\.0\.0\.1:{port}.*serve\.port")
 
 
 def test_a_damaged_weight_file(cli, tmp_path, recipe):

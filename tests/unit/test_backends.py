@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from training import TASKS, dropout_model, free_port, global_batch, share_of, tiny_base
+from training import TASKS, dropout_model, free_port, global_batch, leave, share_of, tiny_base
 
 from tdro_ray.config import LoraSettings, ModelSettings, OptimizeSettings, ScaleSettings, TrainSettings
 from tdro_ray.train.backends import BACKENDS, Replicated
@@ -55,7 +55,7 @@ def _update_worker(rank, num_workers, port, scales, out):
     found = [updates(BACKENDS[s.backend], case, rank, num_workers, s) for s in scales for case in CASES]
     if rank == 0:
         torch.save(found, out)
-    dist.destroy_process_group()
+    leave()
 
 
 def assert_backends_match(scales, tmp_path):
@@ -148,7 +148,7 @@ def _loop_worker(rank, num_workers, port, runs):
     join(rank, num_workers, port)
     for job, folder, stop in runs:
         run_loop(job, folder, stop, rank, num_workers)
-    dist.destroy_process_group()
+    leave()
 
 
 def saved(folder):
@@ -211,7 +211,7 @@ def _low_precision_worker(rank, num_workers, port, backend, lora, out):
     found = low_precision_updates(BACKENDS[backend], lora, rank, num_workers)
     if rank == 0:
         torch.save(found, out)
-    dist.destroy_process_group()
+    leave()
 
 
 def low_precision_updates(make, lora, rank, num_workers, dtype=torch.bfloat16):

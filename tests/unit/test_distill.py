@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from training import TASKS, dropout_model, free_port, global_batch, share_of, tiny_base
+from training import TASKS, dropout_model, free_port, global_batch, leave, share_of, tiny_base
 
 from tdro_ray.config import TrainSettings
 from tdro_ray.data.collate import BatchRecipe, Collator, versions_of
@@ -78,7 +78,7 @@ def _worker(rank, num_workers, port, out):
     found = run_step(share_of(taught_batch(), rank, num_workers), WEIGHT)
     if rank == 0:
         torch.save(found, out)
-    dist.destroy_process_group()
+    leave()
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_training_step import free_port
-from training import TASKS, global_batch, share_of, tiny_base
+from training import TASKS, global_batch, leave, share_of, tiny_base
 
 from tdro_ray.config import ModelSettings, OptimizeSettings, TrainSettings
 from tdro_ray.dro.files import read_trajectory
@@ -97,7 +97,7 @@ def worker(rank: int, port: int, folder: Path, base: Path, cases: list[Any]) -> 
     torch.set_num_threads(1)
     found = [run(folder / str(i), base, rank, 2, *case) for i, case in enumerate(cases)]
     torch.save(found, folder / f"found-{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

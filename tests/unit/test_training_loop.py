@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from training import TASKS, global_batch, share_of, tiny_base
+from training import TASKS, global_batch, leave, share_of, tiny_base
 
 from tdro_ray.config import LoraSettings, ModelSettings, OptimizeSettings, ScaleSettings, TrainSettings
 from tdro_ray.dro.files import read_trajectory
@@ -244,7 +244,7 @@ def _run_worker(rank, num_workers, meeting, base, folder, dro, stop):
     context = LocalContext(shares, folder / "checkpoints", rank=rank, world_size=num_workers)
     with contextlib.suppress(KeyboardInterrupt):
         train(job_of(base, folder / "out", dro), context)
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("dro", [False, True])
@@ -294,7 +294,7 @@ def _clocked_worker(rank, num_workers, meeting, base, folder):
     context = LocalContext(shares, folder / "checkpoints", rank=rank, world_size=num_workers)
     train(replace(job, settings=settings, scale=ScaleSettings(checkpoint_minutes=1e-9)), context)
     (folder / f"reported-{rank}.json").write_text(json.dumps([r["step"] for r in context.reported]))
-    dist.destroy_process_group()
+    leave()
 
 
 def test_all_workers_follow_the_first_ones_clock(base, tmp_path):

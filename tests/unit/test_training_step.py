@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from training import TASKS, dropout_model, free_port, global_batch, probed_batch, share_of
+from training import TASKS, dropout_model, free_port, global_batch, leave, probed_batch, share_of
 
 from tdro_ray.config import OptimizeSettings, TrainSettings
 from tdro_ray.dro.weights import TaskWeights
@@ -123,7 +123,7 @@ def _worker(rank, num_workers, port, cases, out):
     results = [run_step(share_of(batch, rank, num_workers), budget, **how) for batch, budget, how in cases]
     if rank == 0:
         torch.save([(loss, grad, detail) for loss, grad, detail in results], out)
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("num_workers", [2, 4])
