@@ -135,6 +135,7 @@ def test_a_batch_smaller_than_the_number_of_workers(cli, recipe):
     refused(cli("reference", recipe, "--set", "reference.batch_size=1"), r"batch of 1 .* 2 workers")
 
 
+@pytest.mark.long  # a process with a Ray of its own
 def test_a_port_in_use(tmp_path, recipe):
     from tdro_ray.index.build import build_index
     from tdro_ray.model.build import build_base

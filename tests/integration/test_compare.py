@@ -150,6 +150,7 @@ def test_the_report_has_the_seeds_and_a_misspelt_rival_ends_at_once(made):
     assert wrong.returncode == 2 and "Did you mean 'proportional'" in wrong.stderr and wrong.stderr.count("\n") == 1
 
 
+@pytest.mark.long  # half a minute of worker groups
 def test_a_worker_group_of_one_trains_the_same_model_as_the_command_itself(made):
     runs, recipe, _ = made
     other = runs.parent / "workers"
