@@ -24,7 +24,8 @@ from tdro_ray.errors import ConfigError
 
 def serve_command(*arguments: str, **environment: str) -> list[Any]:
     """Command and environment of Ray's own `serve`."""
-    code = "from ray.serve.scripts import cli; cli()"
+    # A shell's background job, as a CI may start the tests, has SIGINT ignored, and so would what it starts.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ray.serve.scripts import cli; cli()"
     return [[sys.executable, "-c", code, *arguments], {**os.environ, "PYTHONPATH": str(ROOT), **environment}]
 
 
@@ -79,7 +80,10 @@ def test_the_shipped_config_runs(tmp_path: Path) -> None:
             assert hits[0]["text"] == "lock thread"
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
 
 
 def wait_for(client: httpx.Client, process: subprocess.Popen[str]) -> list[dict[str, Any]]:
