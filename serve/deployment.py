@@ -38,6 +38,7 @@ class Args(Body):
     dtype: Dtype = (
         "auto"  # of torch's matrix products: "float32", "bfloat16"; auto: bfloat16 where fast and exact enough
     )
+    compile: bool = False  # torch.compile: a start takes half a minute longer and needs a C++ compiler
     index_device: str = "cpu"  # or "cuda": FAISS on a GPU, for Flat and IVF kinds
     num_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.5, ge=0)  # per replica; half a CPU lets two of them, or a stage beside it, fit two cores
@@ -71,6 +72,7 @@ class Retriever:
             backend=self.args.backend,
             dtype=self.args.dtype,
             threads=_threads(self.args),
+            compile=self.args.compile,
             cache_bytes=self.args.cache_mb << 20,
             merger=partial(_merge_in_task, num_cpus=self.args.merge_cpus),
             index_device=self.args.index_device,

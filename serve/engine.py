@@ -35,7 +35,7 @@ from tdro_ray.index import versions
 from tdro_ray.index.base import Hit, RetrievalIndex, unit_rows
 from tdro_ray.index.changes import StaleError
 from tdro_ray.index.filters import FilterError
-from tdro_ray.model.load import Backend, Dtype, load_encoder
+from tdro_ray.model.load import Backend, Dtype, load_apart
 
 SEARCH_BATCH = 64  # vectors per FAISS call
 TOKENIZER_THREADS = 2
@@ -95,16 +95,17 @@ class Engine:
         backend: Backend = "auto",
         dtype: Dtype = "auto",
         threads: int = 0,
+        compile: bool = False,
         cache_bytes: int = 0,
         merger: Merger | None = None,
         index_device: str = "cpu",
     ) -> Engine:
-        """Load a model folder and the current index version; `backend`, `dtype` and `threads` as in `load_encoder`,
+        """Load a model folder and the current index version; `backend`, `dtype`, `threads`, `compile` as in `load_encoder`,
         `cache_bytes` of vectors of texts seen before.
         Raises CheckpointError, DataError, or ConfigError for a model that is not the index's."""
         model_folder = Path(model_folder)
         source = ModelFolder(
-            model_folder, functools.partial(load_encoder, model_folder, device, backend, dtype, threads)
+            model_folder, functools.partial(load_apart, model_folder, device, backend, dtype, threads, compile)
         )
         index = RetrievalIndex.open(index_folder, index_device) if index_folder else None
         engine = cls(

@@ -307,7 +307,9 @@ class EvaluateSettings(Settings):
 class IndexSettings(Settings):
     """FAISS index over the store's passages."""
 
-    factory: str = "Flat"  # any faiss.index_factory string; inner product on unit vectors
+    factory: str = "Flat"  # any faiss.index_factory string, or auto (by size); inner product on unit vectors
+    target_recall: float = Field(0.99, gt=0, le=1)  # recall@10 that the search is widened for, where it is not exact
+    min_recall: float = Field(0.0, ge=0, le=1)  # recall@10 below which a build or a merge fails
     model: str = ""  # name of the evaluated model to index with; "" takes the best mean nDCG@10
     tasks: tuple[str, ...] = ()  # tasks whose passages are indexed; () takes all
     device: Literal["cpu", "cuda"] = "cpu"  # where FAISS builds and `tdro serve` searches; cuda: Flat and IVF kinds
@@ -327,6 +329,7 @@ class ServeSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = (
         "auto"  # of torch's matrix products; auto: bfloat16 where fast and exact
     )
+    compile: bool = False  # torch.compile of the encoder; a start takes half a minute longer and needs a C++ compiler
     threads: int = Field(0, ge=0)  # of a replica's forwards and searches; 0 shares the node's CPUs among the replicas
     cache_mb: int = Field(64, ge=0)  # MiB per replica of vectors of texts seen before; 0 keeps none
     queries: tuple[str, ...] = ()  # sent through HTTP at the end of `tdro run`

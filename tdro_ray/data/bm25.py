@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -69,6 +70,15 @@ class Tokenizer:
         return {**self.__dict__, "_stemmer": None}
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """What BM25 finds for one query, best first."""
+
+    passages: np.ndarray
+    scores: np.ndarray
+    positive: float  # score of the query's least similar positive; 0 where they share no term
+
+
 class BM25:
     """An index over passages, numbered as given. Arrays only, so that Ray shares one copy between processes."""
 
@@ -82,20 +92,22 @@ class BM25:
         vocabulary = self.tokenizer.vocabulary or {"": 0}
         self._index.index((terms, vocabulary), show_progress=False, create_empty_token=False)
 
-    def search(self, queries: Sequence[str], depth: int) -> list[np.ndarray]:
-        """Passage numbers by falling score for each query, at most `depth`; only passages that share a term.
+    def search(self, queries: Sequence[str], positives: Sequence[Sequence[int]], depth: int) -> list[Ranked]:
+        """At most `depth` passages by falling score for each query, only ones that share a term with it.
 
         Equal scores come in passage order, so that the result does not depend on the sorting library.
         """
-        return [self._search(numbers, depth) for numbers in self.tokenizer(queries, grow=False)]
+        numbers = self.tokenizer(queries, grow=False)
+        return [self._search(terms, known, depth) for terms, known in zip(numbers, positives, strict=True)]
 
-    def _search(self, terms: list[int], depth: int) -> np.ndarray:
+    def _search(self, terms: list[int], positives: Sequence[int], depth: int) -> Ranked:
         if not terms:
-            return np.empty(0, np.int64)
+            return Ranked(np.empty(0, np.int64), np.empty(0, np.float32), 0.0)
         scores = self._index.get_scores_from_ids(terms)
         if depth < len(scores):
             cut = np.partition(scores, len(scores) - depth)[len(scores) - depth]
             found = np.flatnonzero(scores >= max(cut, np.finfo(scores.dtype).tiny))
         else:
             found = np.flatnonzero(scores > 0)
-        return found[np.argsort(-scores[found], kind="stable")][:depth]
+        best = found[np.argsort(-scores[found], kind="stable")][:depth]
+        return Ranked(best, scores[best], float(scores[list(positives)].min(initial=np.inf)))

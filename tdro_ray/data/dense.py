@@ -80,32 +80,40 @@ def _index(passage_PD: np.ndarray, use_gpu: bool) -> Any:
     return index
 
 
-def dense_report(
+def mined_margins(hits: DenseHits, negatives: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Return the score of each query's positive less those of what was mined for it."""
+    return [
+        positive - scores[np.isin(found, kept)]
+        for positive, found, scores, kept in zip(hits.positive_Q, hits.passages, hits.scores, negatives, strict=True)
+    ]
+
+
+def mined_examples(
     hits: DenseHits, negatives: Sequence[Sequence[int]], collection: Collection, records: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """Return the mining report: share of ranked hits that the margins took, positive minus negative score of what was
-    mined (5th, 50th and 95th percentile), and examples."""
-    margins, examples = [], []
-    for at, (found, scores) in enumerate(zip(hits.passages, hits.scores)):
-        mined = np.isin(found, negatives[at])
-        margins.append(hits.positive_Q[at] - scores[mined])
-        if mined.any() and len(examples) < EXAMPLES:
-            first = int(np.flatnonzero(mined)[0])
-            positive, negative = collection.take_texts([records[at]["positives"][0], int(found[first])])
-            examples.append(
-                {
-                    "query": records[at]["query"][:EXAMPLE_TEXT],
-                    "positive": positive[:EXAMPLE_TEXT],
-                    "negative": negative[:EXAMPLE_TEXT],
-                    "positive_score": round(float(hits.positive_Q[at]), 4),
-                    "negative_score": round(float(scores[first]), 4),
-                }
-            )
+) -> list[dict[str, Any]]:
+    """Return the first queries with a mined negative: texts and scores of the positive and the best of the negatives."""
+    examples: list[dict[str, Any]] = []
+    for at, (found, scores) in enumerate(zip(hits.passages, hits.scores, strict=True)):
+        if len(examples) == EXAMPLES:
+            break
+        mined = np.flatnonzero(np.isin(found, negatives[at]))
+        if not len(mined):
+            continue
+        positive, negative = collection.take_texts([records[at]["positives"][0], int(found[mined[0]])])
+        examples.append(
+            {
+                "query": records[at]["query"][:EXAMPLE_TEXT],
+                "positive": positive[:EXAMPLE_TEXT],
+                "negative": negative[:EXAMPLE_TEXT],
+                "positive_score": round(float(hits.positive_Q[at]), 4),
+                "negative_score": round(float(scores[mined[0]]), 4),
+            }
+        )
+    return examples
+
+
+def mining_report(margins: Sequence[np.ndarray], examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mining report: 5th, 50th and 95th percentile of the margins, and examples."""
     margin_X = np.concatenate(margins) if margins else np.zeros(0)
-    return {
-        "share_filtered": hits.num_filtered / max(1, hits.num_ranked),
-        "margin_percentiles": [round(float(v), 4) for v in np.percentile(margin_X, [5, 50, 95])]
-        if len(margin_X)
-        else [],
-        "examples": examples,
-    }
+    percentiles = np.percentile(margin_X, [5, 50, 95]) if len(margin_X) else []
+    return {"margin_percentiles": [round(float(v), 4) for v in percentiles], "examples": examples}

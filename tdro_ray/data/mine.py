@@ -20,10 +20,10 @@ import pyarrow as pa
 import ray
 
 from tdro_ray.config import MineSettings, Recipe, mining_seed, mining_settings
-from tdro_ray.data.bm25 import BM25, guess_language
+from tdro_ray.data.bm25 import BM25, Ranked, guess_language
 from tdro_ray.data.collection import RESCORED, Collection, TaskManifest
 from tdro_ray.data.dedup import KEY_BYTES, text_key
-from tdro_ray.data.dense import DenseHits, dense_hits, dense_report
+from tdro_ray.data.dense import EXAMPLES, DenseHits, dense_hits, mined_examples, mined_margins, mining_report
 from tdro_ray.data.negatives import Chosen, PassageClasses, choose, shared_positives
 from tdro_ray.data.publish import store_lock, write_manifest
 from tdro_ray.data.ray_data import quiet
@@ -80,7 +80,8 @@ def mine(
             if recipe.mine.rescore or encode:
                 tables, report = _mine_scored(recipe, store / name, index, encode, progress)
             else:
-                tables, report = list(_bm25_job(recipe, store / name, index, _mine_range)), {}
+                tables = list(_bm25_job(recipe, store / name, index, _mine_range))
+                report = _bm25_report(tables)
             negatives = _commit(recipe, store / name, tables, keys[name]) | report
             write_manifest(store / name, replace(manifests[name], negatives=negatives))
             results[name] = negatives
@@ -178,7 +179,9 @@ def _mine_scored(
             for record, c, score in zip(records, chosen, scores, strict=True)
         )
         table = table.append_column(_RESCORED, pa.array(known, _RESCORED.type))
-    return [table], dense_report(hits, [c.negatives for c in chosen], collection, records)
+    negatives = [c.negatives for c in chosen]
+    report = mining_report(mined_margins(hits, negatives), mined_examples(hits, negatives, collection, records))
+    return [table], report | {"share_filtered": hits.num_filtered / max(1, hits.num_ranked)}
 
 
 def _dense_hits(recipe: Recipe, collection: Collection, records: Sequence[dict[str, Any]], encode: Encode) -> DenseHits:
@@ -220,9 +223,29 @@ def _commit(recipe: Recipe, folder: Path, tables: list[pa.Table], key: str) -> d
 def _mine_range(
     batch: dict[str, np.ndarray], folder: Path, index: list[Any], settings: MineSettings, seed: int
 ) -> Iterator[pa.Table]:
-    """Negatives of the rows from each start on, in row order."""
+    """Negatives of the rows from each start on, in row order, with what the report says of them."""
     for rows, records, task, ranked in _searched(batch, folder, index, settings):
-        yield _table(_choose_rows(rows, records, ranked, task, folder.name, settings, seed))
+        passages, scores = [r.passages for r in ranked], [r.scores for r in ranked]
+        chosen = _choose_rows(rows, records, passages, task, folder.name, settings, seed)
+        negatives = [c.negatives for c in chosen]
+        hits = DenseHits(passages, scores, np.array([r.positive for r in ranked], np.float32), 0, [])
+        margins = [np.asarray(m).tolist() for m in mined_margins(hits, negatives)]
+        examples = mined_examples(hits, negatives, Collection(folder), records) if rows.start == 0 else []
+        texts = [json.dumps(example) for example in examples]
+        columns = {
+            "margins": pa.array(margins, pa.list_(pa.float32())),
+            "example": pa.array(texts + [None] * (len(rows) - len(texts)), pa.string()),
+        }
+        table = _table(chosen)
+        for name, column in columns.items():
+            table = table.append_column(name, column)
+        yield table
+
+
+def _bm25_report(tables: list[pa.Table]) -> dict[str, Any]:
+    table = pa.concat_tables(tables)
+    examples = [json.loads(text) for text in table["example"].drop_null().to_pylist()]
+    return mining_report([table["margins"].combine_chunks().flatten().to_numpy()], examples[:EXAMPLES])
 
 
 def _find_range(
@@ -230,21 +253,23 @@ def _find_range(
 ) -> Iterator[pa.Table]:
     """What BM25 finds for the rows from each start on, in row order."""
     for *_, ranked in _searched(batch, folder, index, settings):
-        yield pa.table({"found": pa.array([hits.tolist() for hits in ranked], pa.list_(pa.int64()))})
+        yield pa.table({"found": pa.array([r.passages.tolist() for r in ranked], pa.list_(pa.int64()))})
 
 
 def _searched(
     batch: dict[str, np.ndarray], folder: Path, index: list[Any], settings: MineSettings
-) -> Iterator[tuple[range, list[dict[str, Any]], TaskIndex, list[np.ndarray]]]:
-    """Yield (row numbers, rows, the task's index, what BM25 ranked for each row) from each start on."""
+) -> Iterator[tuple[range, list[dict[str, Any]], TaskIndex, list[Ranked]]]:
+    """Yield (row numbers, rows, the task's index, what BM25 found within the ranks of each row) from each start on."""
     task: TaskIndex = ray.get(index[0])
     assert task.bm25 is not None
     collection = Collection(folder)
     for start in batch["start"].tolist():
         rows = range(start, min(start + RANGE_ROWS, len(collection)))
         records = collection.take_rows(rows, ["id", "query", "positives", "given_negatives"]).to_pylist()
-        found = task.bm25.search([record["query"] for record in records], settings.last_rank)
-        yield rows, records, task, [hits[settings.first_rank - 1 :] for hits in found]
+        queries, positives = [r["query"] for r in records], [r["positives"] for r in records]
+        found = task.bm25.search(queries, positives, settings.last_rank)
+        first = settings.first_rank - 1
+        yield rows, records, task, [replace(r, passages=r.passages[first:], scores=r.scores[first:]) for r in found]
 
 
 def _choose_rows(

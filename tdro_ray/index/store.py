@@ -25,9 +25,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tdro_ray.errors import DataError
-from tdro_ray.index import filters
+from tdro_ray.index import filters, lookup
+from tdro_ray.index.lookup import BATCH_ROWS
 
-BATCH_ROWS = 4096
 MAX_LOOKUPS = 1000  # ids looked up one by one; more are found sooner by reading all ids
 MAX_FIELDS = 64  # filter fields of one store
 FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -46,6 +46,8 @@ class DocumentStore:
         import lance
 
         self.dataset: Any = lance.dataset(str(folder))
+        shown = lookup.beside(folder)
+        self.lookup = lookup.Lookup(shown) if shown.exists() else None  # versions of before have none
         columns = {f.name: str(f.type) for f in self.dataset.schema}
         self.fields = {"id": "string"}  # field -> type, of every field that filters may use
         self.fields |= {name.removeprefix("meta_"): kind for name, kind in columns.items() if name.startswith("meta_")}
@@ -56,6 +58,8 @@ class DocumentStore:
 
     def take(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """Return ``{"id", "title", "text", "metadata"}`` of each row number, in that order, repeats allowed."""
+        if self.lookup is not None:
+            return [self.lookup[row] for row in np.asarray(rows, np.int64).tolist()]
         distinct, place = np.unique(np.asarray(rows, np.int64), return_inverse=True)
         if not len(distinct):
             return []
@@ -124,7 +128,8 @@ def write_documents(
     if first is None:
         raise DataError("There are no documents to index; give at least one.")
     failure: list[DataError] = []
-    reader = pa.RecordBatchReader.from_batches(SCHEMA, _keep_error(itertools.chain([first], batches), failure))
+    kept = _keep_error(itertools.chain([first], batches), failure)
+    reader = pa.RecordBatchReader.from_batches(SCHEMA, lookup.written_beside(folder, kept))
     try:
         lance.write_dataset(reader, str(folder), mode="create")
     except OSError:

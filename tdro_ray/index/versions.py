@@ -1,7 +1,7 @@
 """Versions of an index on disk. A version is complete or does not exist; one small file says which is current.
 
     <out>/current              name of the current version, replaced atomically
-    <out>/versions/<n>/        documents.lance, index.faiss, manifest.json (written last)
+    <out>/versions/<n>/        documents.lance, documents.arrow, index.faiss, manifest.json (written last)
     <out>/versions/.building-<n>   a build under way; a killed one is removed by the next
     <out>/.lock                held while a build runs
     <out>/.publish.lock        held for the moment in which another version becomes current

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tdro_ray.errors import CheckpointError
+from tdro_ray.errors import CheckpointError, ConfigError
 from tdro_ray.model import packed
 from tdro_ray.model.pooling import PACKED_POOLING, POOLING
 from tdro_ray.model.tokenize import TextTokenizer, read_spec, write_spec
@@ -60,6 +60,7 @@ class Encoder:
     ) -> None:
         self.retriever, self.tokenizer, self.device = retriever.to(device).eval(), tokenizer, torch.device(device)
         self.spec, self.dtype = retriever.spec, dtype
+        self.compiled = False
         if dtype == "bfloat16":
             halve_linears(retriever)
 
@@ -76,7 +77,25 @@ class Encoder:
     @property
     def backend(self) -> str:
         """What runs it, for `/info` and the logs."""
-        return f"torch {self.dtype} on {self.device}"
+        return f"torch {self.dtype}{', compiled,' if self.compiled else ''} on {self.device}"
+
+    def compile(self, texts: Sequence[str]) -> None:
+        """Compile the backbone, for any number of sequences of any length, and run it on `texts` (some) so that it is done.
+
+        Takes half a minute, or half of that where torch's cache knows the model. Raises ConfigError where torch cannot.
+        """
+        from torch._inductor.exc import InductorError
+
+        self.retriever.backbone.compile(dynamic=True)  # type: ignore[no-untyped-call]
+        self.compiled = True
+        try:
+            for some in (texts[:1], texts):  # torch makes one program for a single sequence, one for several
+                self.encode(some, "passage")
+        except (torch._dynamo.exc.TorchDynamoException, InductorError) as err:
+            raise ConfigError(
+                f"The model cannot be compiled here: {_first_line(err)} Install a C++ compiler (g++), or leave compiling out with "
+                "serve.compile=false."
+            ) from err
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], kind: Kind, task: str = "", batch_tokens: int = 16384) -> np.ndarray:
@@ -92,6 +111,8 @@ class Encoder:
 
         def run(flat: np.ndarray, offset_N: np.ndarray, length_N: np.ndarray, chunk: np.ndarray) -> np.ndarray:
             given = to_tensors(flat, offset_N, length_N, chunk, self.spec.pad_token_id, self.device)
+            if self.compiled and given[0].shape[1] == 1:  # one token more is cheaper than a program for one
+                given = (nn.functional.pad(given[0], (0, 1), value=self.spec.pad_token_id), nn.functional.pad(given[1], (0, 1)))
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16", cache_enabled=False
             ):

@@ -20,6 +20,7 @@ LEVEL = 0.05  # p below which a difference is called significant
 MOVED = 0.01  # share of the weight that may change hands between the last two windows of stage 1
 AGREE = 0.5  # Kendall's tau between seeds below which their weights are called different
 CHANCE = 0.8  # share of the loss of guessing above which a task counts as not learned
+TAKEN = 0.8  # share of what mining found above which the margins took too much
 MANY_REPEATS = 10  # passes over a task in one fine-tuning above which it is named
 
 
@@ -127,6 +128,7 @@ def warnings(facts: RunFacts, found: Comparisons) -> list[str]:
         *_noise_warnings(facts),
         *_result_warnings(facts, found),
         *_data_warnings(facts),
+        *_mining_warnings(facts),
         *_stage_warnings(facts),
         *(f"{problem}." for problem in [*facts.problems, *found.problems]),
     ]
@@ -301,6 +303,21 @@ def _data_warnings(facts: RunFacts) -> list[str]:
         texts.append(
             f"Input lines were refused while ingesting {listed}; each is listed with its reason in rejects.jsonl."
         )
+    return texts
+
+
+def _mining_warnings(facts: RunFacts) -> list[str]:
+    tasks = (facts.stages.get("mine", {}).get("summary") or {}).get("tasks") or {}
+    texts = []
+    if taken := [f"{t} ({i['share_filtered']:.0%})" for t, i in tasks.items() if (i.get("share_filtered") or 0) > TAKEN]:
+        texts.append(
+            f"The margins took most of what mining found for {_names(taken)}: the model that searched scores other passages as "
+            "high as the positives. Its negatives are random instead; mine with a model of these texts' language, or wider margins."
+        )
+    hard = {t: (i.get("mean_given") or 0) + (i.get("mean_mined") or 0) for t, i in tasks.items()}
+    drawn = {t: (tasks[t].get("random_filled") or 0) / max(1.0, float(facts.rows(t) or 0)) for t in tasks}
+    if few := [task for task in tasks if drawn[task] > hard[task] and task not in {t.split(" (")[0] for t in taken}]:
+        texts.append(f"More negatives are random than mined or given for {_names(few)}: mine deeper, or with an encoder.")
     return texts
 
 

@@ -14,15 +14,17 @@ TEXT = 160  # characters shown of a text
 
 
 def negatives(facts: RunFacts) -> str:
-    """Negatives a row by where they came from, and, where an encoder searched, margins and what they took."""
+    """Negatives a row by where they came from, margins and what they took."""
     tasks = (facts.stages.get("mine", {}).get("summary") or {}).get("tasks") or {}
     sources = {task: _a_row(found, facts.rows(task)) for task, found in tasks.items()}
     if not sources:
         return f"<h3>Hard negatives</h3>{missing('Mine: not run yet.')}"
     scored = any(found.get("margin_percentiles") for found in tasks.values())
+    filtered = any(found.get("share_filtered") is not None for found in tasks.values())
     rows = []
     for task, found in tasks.items():
         cells = [breakable(task), *(number(count, ".2f") for count in sources[task])]
+        cells += [share(found.get("share_filtered"))] if filtered else []
         rows.append(([*cells, *(_margins(found) if scored else [])], ""))
     methods = sorted({str(found.get("method")) for found in tasks.values()})
     head = ["Task", "Given", "Mined", "Random"]
@@ -30,8 +32,11 @@ def negatives(facts: RunFacts) -> str:
         f"Negatives a row; searched with {', '.join(methods)}. Random ones fill up where the search found too few passages: they are "
         "easy, and many of them ask for another search (mine.method=encoder) or a deeper one (mine.last_rank)."
     )
+    if filtered:
+        head += ["Taken by the margins"]
+        note += " Where the margins took most of what was found, the model does not tell these passages apart: try another."
     if scored:
-        head += ["Taken by the margins", "Margin, 5 %", "Median", "95 %"]
+        head += ["Margin, 5 %", "Median", "95 %"]
         note += " Margin: score of the positive less that of a mined negative; below zero the negative is nearer."
     picture = figure(
         "Hard negatives a row, by where they came from.",
@@ -56,7 +61,7 @@ def _a_row(found: dict[str, Any], rows: float | None) -> tuple[float, float, flo
 
 def _margins(found: dict[str, Any]) -> list[str]:
     percentiles = found.get("margin_percentiles") or [None] * 3
-    return [share(found.get("share_filtered")), *(number(value, ".3f") for value in percentiles)]
+    return [number(value, ".3f") for value in percentiles]
 
 
 def _example(task: str, found: dict[str, Any]) -> tuple[list[str], str]:

@@ -133,9 +133,12 @@ def index(run: Run) -> dict[str, Any]:
             scale.cpus_per_worker,
             scale.use_gpu,
             lambda phase, done, total: progress.update(f"{phase} {done:,} of {total:,}", done / max(1, total)),
+            target_recall=recipe.index.target_recall,
+            min_recall=recipe.index.min_recall,
             device=recipe.index.device,
         )
-        return f"{made['documents']:,} documents, {recipe.index.factory}, model {chosen}", {**made, "model": chosen}
+        found = f"{made['factory']}, recall@10 {made['recall@10']:.3f}"
+        return f"{made['documents']:,} documents, {found}, model {chosen}", {**made, "model": chosen}
 
     return run.do(Stage("index", key, (index_folder(run) / "current",), work))
 

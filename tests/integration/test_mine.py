@@ -95,6 +95,10 @@ def test_negatives(source: Path, tmp_path: Path) -> None:
     assert topical > 0.9 * 6000, "mined negatives are about the query's topic"
     assert texts[rows[1500]["negatives"][0]] == "given negative"
     assert reports["task"]["mean_given"] == pytest.approx(1 / 1502)
+    example, margins = reports["task"]["examples"][0], reports["task"]["margin_percentiles"]
+    assert example["query"] == rows[0]["query"] and example["negative"] in {texts[n] for n in rows[0]["negatives"]}
+    assert example["positive_score"] > 0 and len(reports["task"]["examples"]) == 5
+    assert margins == sorted(margins) and len(margins) == 3
     tiny = CollectionStore(store)["tiny"].take_rows(range(5)).to_pylist()
     assert [row["negatives"] for row in tiny] == [[1 - row["positives"][0]] for row in tiny], (
         "no more than the task has"

@@ -75,12 +75,15 @@ def test_choose_takes_given_first_then_mined() -> None:
     ],
 )
 def test_bm25_finds(texts: list[str], query: str, best: int) -> None:
-    assert BM25([texts], "en").search([query], 2)[0][0] == best
+    assert BM25([texts], "en").search([query], [[best]], 2)[0].passages[0] == best
 
 
 def test_bm25_gives_only_passages_with_a_common_term_in_a_stable_order() -> None:
     index = BM25([["x y", "x y", "z", "x y"]])
-    assert [hits.tolist() for hits in index.search(["x", "z", "unknown", ""], 2)] == [[0, 1], [2], [], []]
+    found = index.search(["x", "z", "unknown", ""], [[3], [0, 2], [0], [1]], 2)
+    assert [ranked.passages.tolist() for ranked in found] == [[0, 1], [2], [], []]
+    assert found[0].positive == found[0].scores[0] == found[0].scores[1] > 0  # equal texts, the third one cut off
+    assert [ranked.positive for ranked in found[1:]] == [0, 0, 0]
 
 
 def test_tokenizer_uses_bigrams_where_there_are_no_spaces() -> None:
