@@ -219,10 +219,11 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=["embed", "search", "swap"], help="one of the comparisons")
     parser.add_argument("--vectors", type=int, help="of the index (1,000,000; with --quick 20,000)")
+    parser.add_argument("--rounds", type=int, help="of every comparison (5; with --quick 2)")
     parser.add_argument("--infinity-python", type=Path, help="Python of an environment that holds infinity-emb")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     chosen = parser.parse_args()
-    rounds, seconds = (2, 1.5) if chosen.quick else (5, 8.0)
+    rounds, seconds = (chosen.rounds or 2, 1.5) if chosen.quick else (chosen.rounds or 5, 8.0)
     count = chosen.vectors or (20_000 if chosen.quick else 1_000_000)
     found: dict[str, Any] = {
         "cpus": os.cpu_count(),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from tdro_ray.data.collection import PASSAGE_SCHEMA
@@ -36,9 +37,20 @@ def parsed_table(items: Iterable[Row | Reject]) -> pa.Table:
     """Return rows and rejects as a table of `PARSED_SCHEMA`, keys computed: the work that runs in parallel."""
     records = [_parsed_reject(item) if isinstance(item, Reject) else _parsed_row(item) for item in items]
     columns = zip(*records) if records else [[] for _ in PARSED_SCHEMA]
-    return pa.table(
-        [pa.array(values, field.type) for values, field in zip(columns, PARSED_SCHEMA)], schema=PARSED_SCHEMA
-    )
+    arrays = [
+        _passage_lists(values) if field.name == "passages" else pa.array(values, field.type)
+        for values, field in zip(columns, PARSED_SCHEMA)
+    ]
+    return pa.table(arrays, schema=PARSED_SCHEMA)
+
+
+def _passage_lists(rows: Sequence[Sequence[tuple[Any, ...]]]) -> pa.ListArray:
+    """Return the passages of each row: column by column, which takes a third of the time of dicts."""
+    offsets = np.concatenate([[0], np.cumsum([len(passages) for passages in rows])]).astype(np.int32)
+    flat = [passage for passages in rows for passage in passages]
+    columns = zip(*flat) if flat else [[] for _ in _PASSAGE]
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, _PASSAGE)]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.StructArray.from_arrays(arrays, fields=list(_PASSAGE)))
 
 
 def _parsed_row(row: Row) -> tuple[Any, ...]:
@@ -52,10 +64,7 @@ def _parsed_row(row: Row) -> tuple[Any, ...]:
         dropped += key in positives
         if key not in positives:
             negatives.setdefault(key, passage)
-    passages = [
-        {"docid": p.docid, "title": p.title, "text": p.text, "key": key}
-        for key, p in (*positives.items(), *negatives.items())
-    ]
+    passages = [(p.docid, p.title, p.text, key) for key, p in (*positives.items(), *negatives.items())]
     given: dict[bytes, float] = {}
     for passage, score in zip((*row.positives, *row.negatives), row.scores):
         if score is not None:
@@ -66,7 +75,7 @@ def _parsed_row(row: Row) -> tuple[Any, ...]:
             row.id,
             row.query,
             len(positives),
-            [(p["docid"], p["key"].hex()) for p in passages],
+            [(docid, key.hex()) for docid, _, _, key in passages],
             *([scores] if given else []),
         ]
     )

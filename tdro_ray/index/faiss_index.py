@@ -17,7 +17,7 @@ from tdro_ray.index.filters import FilterError
 from tdro_ray.index.recall import RECALL_AT, Blocks, Exact, sample, widen
 
 EF_CONSTRUCTION = 200  # HNSW: candidates per inserted vector
-EF_SEARCH = (32, 48, 64, 96, 128, 192, 256, 512)  # tried in turn at build until the recall is reached
+EF_SEARCH = (64, 96, 128, 192, 256, 512)  # tried in turn at build until the recall is reached
 REFINE_FACTOR = 8  # "…,RFlat": candidates compared exactly, times k
 MAX_TRAIN_ROWS = 262_144  # vectors a trained kind sees; FAISS itself takes at most 256 per centroid
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 CPU_CHUNK_TOKENS = 512  # activations of more leave a core's cache: a step of MiniLM took 1.5 times as long at 4,096
 CPU_ENCODE_TOKENS = 2048  # of a forward without a backward: 1.5 times as fast as 16,384
-CPU_GRAPH_BYTES = 128 << 20  # above this, keeping the graph costs a CPU more than a second forward in its cache does
+CPU_GRAPH_BYTES = 2 << 30  # of a kept graph; without it a second forward: MiniLM's step takes 1.5 times as long
 
 
 def chunk_tokens(token_budget: int, device: str) -> int:

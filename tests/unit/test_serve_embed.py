@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import copy
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from torch._inductor.exc import InvalidCxxCompiler
 from test_export import PROMPTS, cosines, make_model, make_run
 
 from serve.api import create_app
@@ -30,7 +32,7 @@ from tdro_ray.index.versions import model_hash
 from tdro_ray.model import encoder as encoder_module
 from tdro_ray.model import export as export_module
 from tdro_ray.model import load
-from tdro_ray.model.encoder import Encoder
+from tdro_ray.model.encoder import Encoder, Retriever
 from tdro_ray.model.export import export
 from tdro_ray.model.load import load_encoder
 from tdro_ray.model.tokenize import TextTokenizer
@@ -102,6 +104,61 @@ def test_forwards_and_searches_use_the_threads_that_were_given(folders: dict[str
         batcher.submit(None, [0], [1]).result(10)
     engine.close()
     assert found == {"torch": threads, "faiss": threads}
+
+
+def test_the_encoder_is_loaded_in_a_thread_that_has_ended(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stays is one thread that computes: OpenMP's workers of another would slow it."""
+    loaders: list[threading.Thread] = []
+    real = load.load_encoder
+
+    def noting(*arguments: Any) -> Any:
+        loaders.append(threading.current_thread())
+        return real(*arguments)
+
+    monkeypatch.setattr(load, "load_encoder", noting)
+    engine = Engine.open(folders["torch"])
+    engine.close()
+    assert len(loaders) == 1 and loaders[0] is not threading.main_thread() and not loaders[0].is_alive()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["qwen2", "bert"])
+def test_compiled_vectors_are_the_plain_ones_for_any_shape(
+    folders: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders = [Encoder.load(folders["torch"]) for _ in range(2)]
+    if kind == "bert":
+        from transformers import BertConfig, BertModel
+
+        vocabulary = encoders[0].retriever.backbone.config.vocab_size
+        size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+        body = BertModel(BertConfig(vocab_size=vocabulary, **size), add_pooling_layer=False)
+        encoders = [Encoder(Retriever(copy.deepcopy(body), e.spec), e.tokenizer) for e in encoders]
+    plain, compiled = encoders
+    compiled.compile(TEXTS)
+    assert "compiled" in compiled.backend
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 3, 17):
+        for longest in (1, 2, 9, 64, 200):
+            sequences = [rng.integers(3, 250, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
+            assert cosines(compiled.embed_ids(sequences), plain.embed_ids(sequences)).min() >= 0.999999
+
+
+def test_a_model_that_cannot_be_compiled_is_one_message(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_compiler(*_: Any) -> None:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", without_compiler)
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    with pytest.raises(ConfigError, match=r"cannot be compiled here: .*Install a C\+\+ compiler.*serve.compile=false"):
+        load_encoder(folders["torch"], compile=True)
+    with pytest.raises(ConfigError, match="compiled already: set serve.compile=false"):
+        load_encoder(folders["onnx"], compile=True)
 
 
 def test_bfloat16_is_dropped_where_it_moves_the_vectors(
