@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,9 @@ def write_store(
     """Write tasks straight into a store, their given negatives as mined ones; return its bytes on disk."""
     import lance
 
-    from tdro_ray.data.writer import TaskWriter, WriteSettings, parsed_table
+    from tdro_ray.data.parsed import parsed_table
+    from tdro_ray.data.publish import write_manifest
+    from tdro_ray.data.writer import TaskWriter, WriteSettings
 
     for task in range(tasks):
         writer = TaskWriter(store, f"task{task}", TaskInfo(), "made", None, WriteSettings(0.0, 0, 0, PolicySettings()))
@@ -115,8 +118,10 @@ def write_store(
                 pending = []
         if pending:
             writer.add(parsed_table(pending))
-        writer.finish()
-        lance.dataset(str(store / f"task{task}" / "rows.lance")).add_columns({"negatives": "given_negatives"})
+        manifest, rows_path = writer.finish(), store / f"task{task}" / "rows.lance"
+        dataset = lance.dataset(str(rows_path))
+        dataset.add_columns({"negatives": "given_negatives"})
+        write_manifest(rows_path.parent, replace(manifest, negatives={"version": dataset.version}))
     return sum(p.stat().st_size for p in store.rglob("*") if p.is_file())
 
 

@@ -137,7 +137,13 @@ def start(
     )
     _check_inputs(args)
     port = _claim(host, port)
-    ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    try:
+        ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as err:  # Serve replaces a proxy that is slow
+        raise ResourceError(
+            "Ray Serve's HTTP proxy did not start in time: the machine is too busy, or its log in the dashboard says why. "
+            "Try again when other work is done."
+        ) from err
     url = f"http://{_reachable(host)}:{port}"
     replaces = name in ray_serve.status().applications
     try:

@@ -112,7 +112,10 @@ class Encoder:
         def run(flat: np.ndarray, offset_N: np.ndarray, length_N: np.ndarray, chunk: np.ndarray) -> np.ndarray:
             given = to_tensors(flat, offset_N, length_N, chunk, self.spec.pad_token_id, self.device)
             if self.compiled and given[0].shape[1] == 1:  # one token more is cheaper than a program for one
-                given = (nn.functional.pad(given[0], (0, 1), value=self.spec.pad_token_id), nn.functional.pad(given[1], (0, 1)))
+                given = (
+                    nn.functional.pad(given[0], (0, 1), value=self.spec.pad_token_id),
+                    nn.functional.pad(given[1], (0, 1)),
+                )
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16", cache_enabled=False
             ):

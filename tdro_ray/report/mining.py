@@ -34,7 +34,9 @@ def negatives(facts: RunFacts) -> str:
     )
     if filtered:
         head += ["Taken by the margins"]
-        note += " Where the margins took most of what was found, the model does not tell these passages apart: try another."
+        note += (
+            " Where the margins took most of what was found, the model does not tell these passages apart: try another."
+        )
     if scored:
         head += ["Margin, 5 %", "Median", "95 %"]
         note += " Margin: score of the positive less that of a mined negative; below zero the negative is nearer."
