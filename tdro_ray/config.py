@@ -308,7 +308,7 @@ class IndexSettings(Settings):
     """FAISS index over the store's passages."""
 
     factory: str = "Flat"  # any faiss.index_factory string, or auto (by size); inner product on unit vectors
-    target_recall: float = Field(0.99, gt=0, le=1)  # recall@10 that the search is widened for, where it is not exact
+    target_recall: float = Field(0.98, gt=0, le=1)  # recall@10 that the search is widened for, where it is not exact
     min_recall: float = Field(0.0, ge=0, le=1)  # recall@10 below which a build or a merge fails
     model: str = ""  # name of the evaluated model to index with; "" takes the best mean nDCG@10
     tasks: tuple[str, ...] = ()  # tasks whose passages are indexed; () takes all

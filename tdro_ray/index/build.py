@@ -46,7 +46,7 @@ def build_index(
     use_gpu: bool = False,
     progress: Progress | None = None,
     *,
-    target_recall: float = 0.99,
+    target_recall: float = 0.98,
     min_recall: float = 0.0,
     device: str = "cpu",
 ) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tdro_ray.index.filters import FilterError
 from tdro_ray.index.recall import RECALL_AT, Blocks, Exact, sample, widen
 
 EF_CONSTRUCTION = 200  # HNSW: candidates per inserted vector
-EF_SEARCH = (64, 96, 128, 192, 256, 512)  # tried in turn at build until the recall is reached
+EF_SEARCH = (64, 128, 192, 256, 384, 512)  # tried in turn at build until the recall is reached
 REFINE_FACTOR = 8  # "…,RFlat": candidates compared exactly, times k
 MAX_TRAIN_ROWS = 262_144  # vectors a trained kind sees; FAISS itself takes at most 256 per centroid
 
@@ -69,7 +69,7 @@ def build(
     dim: int,
     factory: str,
     *,
-    target_recall: float = 0.99,
+    target_recall: float = 0.98,
     min_recall: float = 0.0,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
