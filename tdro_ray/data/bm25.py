@@ -110,4 +110,4 @@ class BM25:
         else:
             found = np.flatnonzero(scores > 0)
         best = found[np.argsort(-scores[found], kind="stable")][:depth]
-        return Ranked(best, scores[best], float(scores[list(positives)].min(initial=np.inf)))
+        return Ranked(best, scores[best], float(scores[list(positives)].min()))

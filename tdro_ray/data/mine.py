@@ -23,7 +23,7 @@ from tdro_ray.config import MineSettings, Recipe, mining_seed, mining_settings
 from tdro_ray.data.bm25 import BM25, Ranked, guess_language
 from tdro_ray.data.collection import RESCORED, Collection, TaskManifest
 from tdro_ray.data.dedup import KEY_BYTES, text_key
-from tdro_ray.data.dense import EXAMPLES, DenseHits, dense_hits, mined_examples, mined_margins, mining_report
+from tdro_ray.data.dense import DenseHits, dense_hits, mined_examples, mined_margins, mining_report
 from tdro_ray.data.negatives import Chosen, PassageClasses, choose, shared_positives
 from tdro_ray.data.publish import store_lock, write_manifest
 from tdro_ray.data.ray_data import quiet
@@ -229,23 +229,17 @@ def _mine_range(
         chosen = _choose_rows(rows, records, passages, task, folder.name, settings, seed)
         negatives = [c.negatives for c in chosen]
         hits = DenseHits(passages, scores, np.array([r.positive for r in ranked], np.float32), 0, [])
-        margins = [np.asarray(m).tolist() for m in mined_margins(hits, negatives)]
+        margins = [margin.tolist() for margin in mined_margins(hits, negatives)]
         examples = mined_examples(hits, negatives, Collection(folder), records) if rows.start == 0 else []
         texts = [json.dumps(example) for example in examples]
-        columns = {
-            "margins": pa.array(margins, pa.list_(pa.float32())),
-            "example": pa.array(texts + [None] * (len(rows) - len(texts)), pa.string()),
-        }
-        table = _table(chosen)
-        for name, column in columns.items():
-            table = table.append_column(name, column)
-        yield table
+        table = _table(chosen).append_column("margins", pa.array(margins, pa.list_(pa.float32())))
+        yield table.append_column("example", pa.array(texts + [None] * (len(rows) - len(texts)), pa.string()))
 
 
 def _bm25_report(tables: list[pa.Table]) -> dict[str, Any]:
     table = pa.concat_tables(tables)
     examples = [json.loads(text) for text in table["example"].drop_null().to_pylist()]
-    return mining_report([table["margins"].combine_chunks().flatten().to_numpy()], examples[:EXAMPLES])
+    return mining_report([table["margins"].combine_chunks().flatten().to_numpy()], examples)
 
 
 def _find_range(

@@ -58,8 +58,7 @@ class RetrievalIndex:
         self.dim: int = self.manifest["dim"]
         self.store = DocumentStore(self.folder / "documents.lance")
         self.faiss = faiss_index.to_device(faiss_index.load(self.folder / "index.faiss"), device)
-        shown = len(self.store) if self.store.lookup is None else len(self.store.lookup)
-        if not self.faiss.ntotal == len(self.store) == shown == self.manifest["documents"]:
+        if not self.faiss.ntotal == len(self.store) == len(self.store.lookup) == self.manifest["documents"]:
             raise DataError(
                 f"Index version {self.folder} does not fit together: {self.faiss.ntotal} vectors, {len(self.store)} documents, "
                 f"{self.manifest['documents']} in the manifest. Build the index again with `tdro index`."

@@ -1,5 +1,5 @@
 """A version's documents once more, mapped into memory: a hit's text is read in microseconds, by all replicas of a node
-from the same pages. Lance keeps what filters, merges and builds read; a random row of it costs a decoded page.
+from the same pages. Lance keeps what filters, merges and builds read.
 
     documents.arrow    Arrow IPC file, record batches of BATCH_ROWS rows: id, title, text, metadata (JSON)
 """

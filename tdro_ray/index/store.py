@@ -46,8 +46,7 @@ class DocumentStore:
         import lance
 
         self.dataset: Any = lance.dataset(str(folder))
-        shown = lookup.beside(folder)
-        self.lookup = lookup.Lookup(shown) if shown.exists() else None  # versions of before have none
+        self.lookup = lookup.Lookup(lookup.beside(folder))
         columns = {f.name: str(f.type) for f in self.dataset.schema}
         self.fields = {"id": "string"}  # field -> type, of every field that filters may use
         self.fields |= {name.removeprefix("meta_"): kind for name, kind in columns.items() if name.startswith("meta_")}
@@ -58,15 +57,7 @@ class DocumentStore:
 
     def take(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """Return ``{"id", "title", "text", "metadata"}`` of each row number, in that order, repeats allowed."""
-        if self.lookup is not None:
-            return [self.lookup[row] for row in np.asarray(rows, np.int64).tolist()]
-        distinct, place = np.unique(np.asarray(rows, np.int64), return_inverse=True)
-        if not len(distinct):
-            return []
-        records = self.dataset.take(distinct.tolist(), columns=["id", "title", "text", "metadata"]).to_pylist()
-        for record in records:
-            record["metadata"] = json.loads(record["metadata"])
-        return [records[at] for at in place]
+        return [self.lookup[row] for row in np.asarray(rows, np.int64).tolist()]
 
     def find(self, ids: Sequence[str]) -> dict[str, int]:
         """Return the row number of each of `ids` that the store holds."""

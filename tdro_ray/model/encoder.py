@@ -86,7 +86,7 @@ class Encoder:
         """
         from torch._inductor.exc import InductorError
 
-        self.retriever.backbone.compile(dynamic=True)  # type: ignore[no-untyped-call]
+        self.retriever.backbone.compile(dynamic=True)
         self.compiled = True
         try:
             for some in (texts[:1], texts):  # torch makes one program for a single sequence, one for several

@@ -309,16 +309,16 @@ def _data_warnings(facts: RunFacts) -> list[str]:
 def _mining_warnings(facts: RunFacts) -> list[str]:
     tasks = (facts.stages.get("mine", {}).get("summary") or {}).get("tasks") or {}
     texts = []
-    if taken := [
-        f"{t} ({i['share_filtered']:.0%})" for t, i in tasks.items() if (i.get("share_filtered") or 0) > TAKEN
-    ]:
+    taken = {t: share for t, i in tasks.items() if (share := i.get("share_filtered") or 0) > TAKEN}
+    if taken:
+        listed = _names([f"{task} ({share:.0%})" for task, share in taken.items()])
         texts.append(
-            f"The margins took most of what mining found for {_names(taken)}: the model that searched scores other passages as "
+            f"The margins took most of what mining found for {listed}: the model that searched scores other passages as "
             "high as the positives. Its negatives are random instead; mine with a model of these texts' language, or wider margins."
         )
     hard = {t: (i.get("mean_given") or 0) + (i.get("mean_mined") or 0) for t, i in tasks.items()}
     drawn = {t: (tasks[t].get("random_filled") or 0) / max(1.0, float(facts.rows(t) or 0)) for t in tasks}
-    if few := [task for task in tasks if drawn[task] > hard[task] and task not in {t.split(" (")[0] for t in taken}]:
+    if few := [task for task in tasks if drawn[task] > hard[task] and task not in taken]:
         texts.append(
             f"More negatives are random than mined or given for {_names(few)}: mine deeper, or with an encoder."
         )

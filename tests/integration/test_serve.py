@@ -178,6 +178,21 @@ def test_mistakes_are_refused_before_anything_starts(
         deployment.start(other, index)
 
 
+def test_a_proxy_that_serve_gives_up_on_is_one_message(
+    url: str, model: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from serve import deployment
+
+    def too_slow(**_: Any) -> None:
+        raise ray.exceptions.ActorDiedError
+
+    monkeypatch.setattr(deployment.ray_serve, "start", too_slow)
+    with pytest.raises(ResourceError, match=r"proxy did not start in time: .*Try again"):
+        deployment.start(model, index, port=int(url.rsplit(":", 1)[1]))
+
+
 def test_new_version_is_served_under_load_without_a_failed_request(url: str, model: Path, index: Path) -> None:
     answers: list[tuple[int, str]] = []
     stop = threading.Event()

@@ -130,7 +130,7 @@ def write_stages(folder: Path, tasks: list[str], sizes: dict[str, int], untested
     }
     example = {"query": tasks[0], "positive": "the answer", "negative": "nearly the answer", "positive_score": 0.81, "negative_score": 0.72}  # fmt: skip
     mined = {
-        task: {"method": "encoder", "mean_given": 0.5, "mean_mined": 6.0, "random_filled": sizes[task] // 2, "share_filtered": 0.93 if task == tasks[1] else 0.12, "margin_percentiles": [0.01, 0.1, 0.3], "examples": [example]}
+        task: {"method": "encoder", "mean_given": 0.5, "mean_mined": 0.2 if task == tasks[2] else 6.0, "random_filled": 6 * sizes[task] if task == tasks[2] else sizes[task] // 2, "share_filtered": 0.93 if task == tasks[1] else 0.12, "margin_percentiles": [0.01, 0.1, 0.3], "examples": [example]}
         for task in tasks
     }  # fmt: skip
     summaries = {

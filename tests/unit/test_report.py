@@ -236,6 +236,7 @@ def test_warnings_name_what_is_wrong(tmp_path: Path) -> None:
         "Fewer than 30",
         "refused while ingesting",
         f"The margins took most of what mining found for {TASKS[1]} (93%)",
+        f"More negatives are random than mined or given for {TASKS[2]}",
         "training noise",
     ]:
         assert words in texts, words
